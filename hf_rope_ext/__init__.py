@@ -1,0 +1,44 @@
+"""Extend the context of RoPE models: exact, reversible, and saved so that stock tools load it."""
+
+from hf_rope_ext.describe import describe
+from hf_rope_ext.errors import (
+    AlreadyScaledError,
+    ExportError,
+    MethodParameterError,
+    NotPatchedError,
+    ProbeError,
+    RopeError,
+    RopeWarning,
+    UnknownMethodError,
+    UnsupportedModelError,
+)
+from hf_rope_ext.export import Export, export
+from hf_rope_ext.loading import load_pretrained, save_pretrained
+from hf_rope_ext.measuring import RequestLength, request_length
+from hf_rope_ext.methods import available_methods
+from hf_rope_ext.patching import patch_model, patched, unpatch_model
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "AlreadyScaledError",
+    "Export",
+    "ExportError",
+    "MethodParameterError",
+    "NotPatchedError",
+    "ProbeError",
+    "RequestLength",
+    "RopeError",
+    "RopeWarning",
+    "UnknownMethodError",
+    "UnsupportedModelError",
+    "available_methods",
+    "describe",
+    "export",
+    "load_pretrained",
+    "patch_model",
+    "patched",
+    "request_length",
+    "save_pretrained",
+    "unpatch_model",
+]

@@ -1,0 +1,314 @@
+"""The ``hf-rope`` command: it parses, calls and prints."""
+
+import json
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from hf_rope_ext.errors import RopeError
+from hf_rope_ext.parsing import parse_lengths, parse_methods
+
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    help="Extend the context of RoPE models, and see what it does.",
+)
+out = Console()
+
+Model = Annotated[
+    str | None, typer.Argument(help="Directory or hub id of a model; the bundled one if not given.")
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")]
+Original = Annotated[
+    int | None,
+    typer.Option("--original", help="Trained length in positions, where the config's is not it."),
+]
+Methods = Annotated[
+    str,
+    typer.Option(
+        "--methods",
+        "--method",
+        help="Names with commas between; knobs follow with colons: yarn:beta_fast=16.",
+    ),
+]
+
+
+@app.command()
+def inspect(
+    model: Model = None,
+    pairs: Annotated[bool, typer.Option(help="Also list every pair.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Show a model's RoPE: geometry, pairs, wavelengths, and the scaling it comes with."""
+    from hf_rope_ext.planning import inspect_config
+
+    found = inspect_config(_config(model))
+    if as_json:
+        _print_json([one.to_dict() for one in found])
+        return
+    for one in found:
+        trained = one.original_max_position_embeddings
+        table = Table(
+            title=f"{one.model_type}: {one.path}", title_justify="left", show_header=False
+        )
+        turning = [length for length in one.wavelengths if length is not None]
+        rows = {
+            "layer type": one.layer_type,
+            "rope_theta": f"{one.rope_theta:g}",
+            "rotated / head": f"{one.rotary_dim} / {one.head_dim or '?'} coordinates",
+            "trained length": f"{trained or 'not in the config'}",
+            "scaling": one.scaling.get("rope_type"),
+            "fastest pair": f"one turn in {turning[0]:.4g} positions",
+            "slowest pair": f"one turn in {turning[-1]:.6g} positions",
+            "never finish a turn": f"{one.unfinished_pairs} of {len(one.wavelengths)} pairs",
+            "sliding window": one.window,
+        }
+        for name, value in rows.items():
+            if value is not None:
+                table.add_row(name, str(value))
+        out.print(table)
+        if pairs:
+            out.print(_pair_table(one))
+
+
+@app.command()
+def plan(
+    target: Annotated[str, typer.Option(help="Target length: 131072, 128k, or 4x.")],
+    model: Model = None,
+    methods: Methods = "none,linear,ntk,ntk_by_parts,yarn,llama3,dynamic_yarn",
+    original: Original = None,
+    number_bytes: Annotated[int, typer.Option(min=1, help="Size of a number in the cache.")] = 2,
+    as_json: AsJson = False,
+) -> None:
+    """Show what reaching a length takes: factor, methods, memory, words for other engines."""
+    from hf_rope_ext.planning import plan_extension, text_site
+
+    config = _config(model)
+    site = text_site(config, original)
+    trained = site.geometry.original_max_position_embeddings
+    (length,) = parse_lengths(target, trained)
+    chosen = parse_methods(methods, max(length / trained, 1.0))
+    found = plan_extension(config, site, length, chosen, number_bytes)
+    if as_json:
+        _print_json(asdict(found))
+        return
+    out.print(
+        f"{trained} -> {length} positions: factor {found.factor:g}. Keys and values of one "
+        f"sequence: {found.cache_bytes / 2**30:.3g} GiB.",
+        highlight=False,
+    )
+    table = Table(title=f"{site.geometry.pairs} pairs", title_justify="left")
+    table.add_column("method", no_wrap=True)
+    for heading in ("kept", "between", "slowed in full", "unseen angles", "cos, sin", "nearest"):
+        table.add_column(heading, justify="right")
+    for label, one in found.effects.items():
+        counts = (one.kept, one.between, one.slowed_in_full, one.unseen)
+        scales = (f"x {one.attention_scaling:.4g}", f"/ {one.nearest:.4g}")
+        table.add_row(label, *map(str, counts), *scales)
+    out.print(table)
+    out.print("yarn for other engines:", highlight=False)
+    for engine, line in found.exports.items():
+        out.print(f"  {engine}: {line}", markup=False, highlight=False, soft_wrap=True)
+
+
+@app.command("export")
+def export_command(
+    model: Model = None,
+    to: Annotated[str, typer.Option(help="transformers, vllm, sglang or llama.cpp.")] = (
+        "transformers"
+    ),
+    method: Annotated[
+        str | None,
+        typer.Option(help="As in compare; the recorded one of a saved patch if not given."),
+    ] = None,
+    factor: Annotated[float | None, typer.Option(help="Target over trained length.")] = None,
+    target: Annotated[str | None, typer.Option(help="Target length instead of factor.")] = None,
+    original: Original = None,
+    frozen: Annotated[
+        int | None, typer.Option(help="Export the plan a request of this length gets.")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Print what makes another engine compute a method on a model."""
+    from hf_rope_ext.export import export
+    from hf_rope_ext.loading import read_config, recorded_method
+    from hf_rope_ext.planning import text_site
+
+    config, record = read_config(model or _bundled())
+    arguments: dict[str, Any] = {"original_max_position_embeddings": original, "replace": True}
+    if method is None:
+        if record is None:
+            raise RopeError("give --method; the model has no recorded patch.")
+        chosen = recorded_method(record)
+        arguments["original_max_position_embeddings"] = record["original_max_position_embeddings"]
+    else:
+        if target is not None:
+            trained = text_site(config, original).geometry.original_max_position_embeddings
+            factor = parse_lengths(target, trained)[0] / trained
+        (chosen,) = parse_methods(method, factor).values()
+    found = export(config, to, method=chosen, frozen=frozen, **arguments)
+    if as_json:
+        _print_json(asdict(found))
+        return
+    print(found.command_line or json.dumps(found.config, indent=2))
+    for note in found.notes:
+        print(f"note: {note}", file=sys.stderr)
+
+
+@app.command()
+def compare(
+    model: Model = None,
+    methods: Methods = "none,linear,ntk,dynamic,yarn",
+    factor: Annotated[float, typer.Option(help="Of each method that takes one.")] = 4.0,
+    lengths: Annotated[str, typer.Option(help="In tokens, or times the trained length.")] = (
+        "1x,2x,4x,8x"
+    ),
+    text: Annotated[Path | None, typer.Option(help="A long UTF-8 text.")] = None,
+    output: Annotated[Path, typer.Option(help="Where report and plots go.")] = Path("rope_report"),
+    samples: Annotated[int, typer.Option(min=1, help="Pass keys per length.")] = 50,
+    windows: Annotated[int, typer.Option(min=1, help="Places perplexity is measured at.")] = 32,
+    targets: Annotated[int, typer.Option(min=1, help="Tokens scored at each place.")] = 64,
+    seed: Annotated[int, typer.Option(help="Of the pass keys.")] = 0,
+    device: Annotated[str, typer.Option(help="Where the model runs.")] = "cpu",
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
+    replace: Annotated[
+        bool, typer.Option(help="Replace the scaling in the model's own config.")
+    ] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Measure perplexity and pass key retrieval of methods at several lengths.
+
+    Interrupted, it goes on where it stopped when it is called again.
+    """
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeRemainingColumn,
+    )
+
+    from hf_rope_ext.evals.compare import Cell, Comparison
+    from hf_rope_ext.evals.compare import compare as run
+    from hf_rope_ext.evals.report import METRICS
+    from hf_rope_ext.evals.text import read_text
+    from hf_rope_ext.loading import load_unpatched
+    from hf_rope_ext.planning import text_site
+
+    chosen = parse_methods(methods, factor)
+    words = read_text(text or _bundled_text(model))
+    loaded, tokenizer = load_unpatched(model or _bundled(), device=device, dtype=dtype)
+    trained = text_site(loaded.config).geometry.original_max_position_embeddings
+    comparison = Comparison(
+        model=loaded,
+        tokenizer=tokenizer,
+        text=words,
+        methods=chosen,
+        lengths=parse_lengths(lengths, trained),
+        windows=windows,
+        targets=targets,
+        samples=samples,
+        seed=seed,
+        name=model or "bundled",
+        replace=replace,
+    )
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
+    progress = Progress(*columns, TimeRemainingColumn(), console=Console(stderr=True))
+    bar = progress.add_task("", total=None)
+
+    def show(cell: Cell, done: int, total: int) -> None:
+        progress.start()  # not before there is something to show
+        words = f"{cell.method} {cell.task} at {cell.length}"
+        progress.update(bar, description=words, completed=done, total=total)
+
+    try:
+        report = run(comparison, output, show)
+    finally:
+        if progress.live.is_started:
+            progress.stop()
+    files = report.save(output)
+    if as_json:
+        _print_json({"settings": report.settings, "cells": report.cells})
+        return
+    for task in METRICS:
+        out.print(report.table(task))
+    out.print("wrote " + ", ".join(map(str, files)), highlight=False, soft_wrap=True)
+
+
+@app.command()
+def plot(
+    output: Annotated[Path, typer.Option(help="The PNG to write.")],
+    model: Model = None,
+    methods: Methods = "none,linear,ntk,yarn",
+    factor: Annotated[float, typer.Option(help="Of each method that takes one.")] = 4.0,
+    original: Original = None,
+    as_json: AsJson = False,
+) -> None:
+    """Draw what methods do to a model's pairs, and how attention decays over distance."""
+    from hf_rope_ext.planning import curves, text_site
+
+    geometry = text_site(_config(model), original).geometry
+    found = curves(geometry, parse_methods(methods, factor), factor)
+    if as_json:
+        _print_json(found)
+    _plots().plot_curves(found, output)
+    if not as_json:
+        out.print(f"wrote {output}", highlight=False, soft_wrap=True)
+
+
+def main() -> None:
+    """Run the command; an error is one line on stderr and exit status 2."""
+    try:
+        app()
+    except RopeError as error:
+        print(f"hf-rope: error: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+def _config(model: str | None) -> Any:
+    from hf_rope_ext.loading import read_config
+
+    return read_config(model or _bundled())[0]
+
+
+def _bundled() -> str:
+    from hf_rope_ext.assets import DIRECTORY
+
+    return str(DIRECTORY)
+
+
+def _bundled_text(model: str | None) -> Path:
+    from hf_rope_ext.assets import TEXT
+
+    if model is not None:
+        raise RopeError("give --text FILE, a long text to measure the model on.")
+    return TEXT
+
+
+def _plots() -> Any:
+    try:
+        from hf_rope_ext.evals import plots
+    except ImportError as error:
+        raise RopeError("plots need matplotlib: pip install 'hf-rope-ext[plot]'") from error
+    return plots
+
+
+def _pair_table(one: Any) -> Table:
+    table = Table("pair", "positions per turn", "turns in training")
+    for index, (length, turns) in enumerate(zip(one.wavelengths, one.turns, strict=True)):
+        table.add_row(str(index), "rests" if length is None else f"{length:.6g}", f"{turns:.4g}")
+    return table
+
+
+def _print_json(value: Any) -> None:
+    print(json.dumps(value, indent=2))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,567 @@
+"""Train the bundled model: a tiny Llama that reads Python and repeats pass keys, on one CPU thread.
+
+A byte-level BPE tokenizer is trained on the standard library's own sources, then the model, in
+three phases:
+
+1. Copying: periodic random tokens in windows of 128. Retrieval needs a head that finds an earlier
+   occurrence and reads on from there; on text alone none forms within minutes.
+2. Finding: text, text that hides a pass key, and harder copying, still in windows of 128, where
+   pass keys make up more of the loss than in long ones.
+3. Reading: the same mix in windows of 512, which is the trained length.
+
+One seed gives the same weights again on the same machine with the same Python and PyTorch. Another
+Python has other sources, so `heldout.txt` is shipped with the weights.
+"""
+
+import argparse
+import json
+import logging
+import math
+import platform
+import sysconfig
+import time
+import zlib
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import transformers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+from torch.optim import AdamW, Muon, Optimizer
+from torch.optim.lr_scheduler import LambdaLR
+from tqdm import tqdm  # type: ignore[import-untyped]
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+logger = logging.getLogger(__name__)
+
+END_OF_TEXT = "<|endoftext|>"
+CUE = "\nThe pass key is "
+CLOSE = ".\n"
+KEY_DIGITS = 5
+
+# tests are not prose-like, the rest is generated, byte tables, removed from later versions, or not
+# part of the standard library
+SKIPPED_PARTS = {
+    "__pycache__", "encodings", "ensurepip", "idlelib", "lib2to3", "lib-dynload", "site-packages",
+    "test", "tests", "turtledemo",
+}  # fmt: skip
+SKIPPED_PREFIXES = ("_sysconfigdata", "config-")
+SHORTEST_FILE = 500
+HELD_OUT_RULE = "crc32 of the path relative to the standard library, modulo 10, is 0"
+LONGEST_SAMPLE_FILE = 16_384
+SAMPLE_CHARACTERS = 100_000
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Everything the result depends on, besides the sources and the versions.
+
+    Args:
+        seed: Of the weights and of every window.
+        vocabulary: Entries of the tokenizer.
+        hidden_size: Width of the model.
+        intermediate_size: Width of its feed-forward layers.
+        layers: How many; copying takes two.
+        heads: Attention heads.
+        head_dim: Width of a head; half of it are the pairs that RoPE turns.
+        rope_theta: Base of the frequencies.
+        short_length: Window of the first two phases, in tokens.
+        short_batch: Windows a step of the first two phases.
+        short_steps: Limit of each of the first two phases.
+        accuracy: They end when this share of a batch's scored tokens is predicted.
+        context_length: Window of the last phase: the trained length.
+        batch: Windows a step of the last phase.
+        steps: Steps of the last phase.
+        copy_share: Share of the windows that are for copying after the first phase.
+        passkey_share: Share of the others that hide a pass key.
+        digit_weight: Weight of an asked-for digit in the loss, where other tokens have 1.
+        adam_rate: Learning rate of AdamW.
+        muon_rate: Learning rate of Muon.
+        weight_decay: Of all weights.
+        warmup: Steps over which the rate rises, in each phase.
+        final_rate: The rate falls linearly to this share of itself in the last phase.
+    """
+
+    seed: int = 1
+    vocabulary: int = 512
+    hidden_size: int = 128
+    intermediate_size: int = 336
+    layers: int = 2
+    heads: int = 2
+    head_dim: int = 64
+    rope_theta: float = 10000.0
+    short_length: int = 128
+    short_batch: int = 32
+    short_steps: int = 1000
+    accuracy: float = 0.97
+    context_length: int = 512
+    batch: int = 8
+    steps: int = 2400
+    copy_share: float = 0.2
+    passkey_share: float = 0.5
+    digit_weight: float = 16.0
+    adam_rate: float = 3e-3
+    muon_rate: float = 2e-2
+    weight_decay: float = 0.1
+    warmup: int = 50
+    final_rate: float = 0.05
+
+    def warm(self, step: int) -> float:
+        """Return the share of the learning rate at a step of the first two phases, from 0."""
+        return min(1.0, (step + 1) / self.warmup)
+
+    def warm_and_decay(self, step: int) -> float:
+        """Return the share of the learning rate at a step of the last phase, from 0."""
+        return self.warm(step) * (1.0 - (1.0 - self.final_rate) * step / self.steps)
+
+
+class Source(NamedTuple):
+    """One file: its path relative to the standard library, and its text."""
+
+    path: str
+    text: str
+
+
+class Batch(NamedTuple):
+    """Windows and how much each of their tokens counts as a target, both ``(windows, length)``."""
+
+    tokens: Tensor
+    weights: Tensor
+
+
+class Result(NamedTuple):
+    """Loss per scored token and whether each token was predicted, ``(windows, length - 1)``."""
+
+    losses: Tensor
+    right: Tensor
+
+
+# --- text -----------------------------------------------------------------------------------------
+
+
+def read_sources() -> tuple[list[Source], list[Source]]:
+    """Return the standard library's sources, to train on and held out."""
+    root = Path(sysconfig.get_path("stdlib"))
+    kept: dict[bool, list[Source]] = {True: [], False: []}
+    for file in sorted(root.rglob("*.py")):
+        path = file.relative_to(root)
+        if SKIPPED_PARTS & set(path.parts) or path.parts[0].startswith(SKIPPED_PREFIXES):
+            continue
+        text = file.read_text(encoding="utf-8", errors="replace")
+        if len(text) > SHORTEST_FILE:
+            held_out = zlib.crc32(path.as_posix().encode()) % 10 == 0
+            kept[held_out].append(Source(path.as_posix(), text))
+    return kept[False], kept[True]
+
+
+def sample_text(sources: Iterable[Source]) -> str:
+    """Return whole small files up to 100,000 characters, in the order of their paths' checksums.
+
+    Files that mention a copyright or licence of their own are left out, so that all of the sample
+    is under the licence of Python itself.
+    """
+    sample = ""
+    for source in sorted(sources, key=lambda source: zlib.crc32(source.path.encode())):
+        plain = not any(word in source.text.lower() for word in ("copyright", "licen"))
+        fits = len(sample) + len(source.text) <= SAMPLE_CHARACTERS
+        if plain and fits and len(source.text) <= LONGEST_SAMPLE_FILE:
+            sample += source.text
+    return sample
+
+
+def train_tokenizer(sources: Iterable[Source], vocabulary: int) -> Tokenizer:
+    """Return a byte-level BPE tokenizer that splits numbers into digits."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Digits(individual_digits=True),
+            pre_tokenizers.ByteLevel(add_prefix_space=False),
+        ]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocabulary,
+        special_tokens=[END_OF_TEXT],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator((source.text for source in sources), trainer)
+    return tokenizer
+
+
+def encode(tokenizer: Tokenizer, sources: Iterable[Source]) -> Tensor:
+    """Return the tokens of all files, each after the end-of-text token."""
+    ids: list[int] = []
+    for source in sources:
+        ids += tokenizer.encode(END_OF_TEXT + source.text).ids
+    return torch.tensor(ids)
+
+
+# --- windows --------------------------------------------------------------------------------------
+
+
+class Windows:
+    """Draws training windows.
+
+    Args:
+        tokenizer: The tokenizer of the text.
+        text: Tokens to cut windows from.
+        seed: Of everything drawn.
+        digit_weight: Weight of an asked-for digit.
+    """
+
+    def __init__(
+        self, tokenizer: Tokenizer, text: Tensor, seed: int, digit_weight: float = 1.0
+    ) -> None:
+        self.text = text
+        self.digit_weight = digit_weight
+        self.generator = torch.Generator().manual_seed(seed)
+        self.cue = torch.tensor(tokenizer.encode(CUE).ids)
+        self.close = torch.tensor(tokenizer.encode(CLOSE).ids)
+        self.digits = torch.tensor([tokenizer.token_to_id(str(digit)) for digit in range(10)])
+        single_bytes = len(pre_tokenizers.ByteLevel.alphabet())
+        merges = torch.arange(1 + single_bytes, tokenizer.get_vocab_size())
+        self.copied = torch.cat([self.digits, merges])
+
+    def plain(self, count: int, length: int) -> Batch:
+        """Return windows of text."""
+        starts = self._integers(len(self.text) - length, (count, 1))
+        tokens = self.text[starts + torch.arange(length)]
+        return Batch(tokens, torch.ones(tokens.shape))
+
+    def passkey(self, count: int, length: int) -> Batch:
+        """Return windows of text that state a pass key at a random depth and again at the end."""
+        key = self.digits[self._integers(len(self.digits), (count, KEY_DIGITS))]
+        sentence = torch.cat([self.cue.expand(count, -1), key, self.close.expand(count, -1)], dim=1)
+        size = sentence.shape[1]
+        around = length - 2 * size
+        parts = torch.cat([self.plain(count, around).tokens, sentence], dim=1)
+        depths = self._integers(around + 1, (count, 1))
+        positions = torch.arange(length)
+        planted = (positions >= depths) & (positions < depths + size)
+        # behind the planted sentence the text goes on, and then `parts` ends with the sentence
+        resumed = positions - size * (positions >= depths)
+        tokens = parts.gather(1, torch.where(planted, around + positions - depths, resumed))
+        weights = torch.ones(tokens.shape)
+        weights[:, self.asked(length)] = self.digit_weight
+        return Batch(tokens, weights)
+
+    def asked(self, length: int) -> slice:
+        """Return where the asked-for digits stand in a pass key window."""
+        end = length - len(self.close)
+        return slice(end - KEY_DIGITS, end)
+
+    def uniform_copies(self, count: int, length: int) -> Batch:
+        """Return random tokens repeated with a random period, scored from the second one on."""
+        longest = length // 3
+        period = self.copied[self._integers(len(self.copied), (count, longest))]
+        return self._repeat(period, length)
+
+    def ambiguous_copies(self, count: int, length: int) -> Batch:
+        """Return the same with long periods over small alphabets, some of them of digits only.
+
+        A token then occurs several times within a period, and only those before it tell which
+        occurrence to read on from.
+        """
+        longest = length // 2 - 1
+        size = len(self.copied)
+        alphabet_size = (10 * (size / 10) ** self._uniform((count, 1))).long()
+        choices = (self._uniform((count, longest)) * alphabet_size).long()
+        alphabets = self.copied[self._uniform((count, size)).argsort(dim=1)]
+        only_digits = (self._uniform((count, 1)) < 0.3) & (alphabet_size < 40)
+        period = torch.where(only_digits, self.digits[choices % 10], alphabets.gather(1, choices))
+        return self._repeat(period, length)
+
+    def _repeat(self, tokens: Tensor, length: int) -> Batch:
+        """Repeat the beginning of each row, of 4 tokens up to all of them, to a length."""
+        periods = 4 + self._integers(tokens.shape[1] - 3, (len(tokens), 1))
+        positions = torch.arange(length)
+        repeated = tokens.gather(1, positions % periods)
+        return Batch(repeated, (positions >= periods).float())
+
+    def _integers(self, below: int, shape: tuple[int, ...]) -> Tensor:
+        return torch.randint(below, shape, generator=self.generator)
+
+    def _uniform(self, shape: tuple[int, ...]) -> Tensor:
+        return torch.rand(shape, generator=self.generator)
+
+
+# --- training -------------------------------------------------------------------------------------
+
+
+def build_model(recipe: Recipe) -> Any:
+    """Return the model with fresh weights."""
+    torch.manual_seed(recipe.seed)
+    config = LlamaConfig(
+        vocab_size=recipe.vocabulary,
+        hidden_size=recipe.hidden_size,
+        intermediate_size=recipe.intermediate_size,
+        num_hidden_layers=recipe.layers,
+        num_attention_heads=recipe.heads,
+        num_key_value_heads=recipe.heads,
+        head_dim=recipe.head_dim,
+        max_position_embeddings=recipe.context_length,
+        rms_norm_eps=1e-5,
+        rope_parameters={"rope_type": "default", "rope_theta": recipe.rope_theta},
+        tie_word_embeddings=True,
+        bos_token_id=0,
+        eos_token_id=0,
+        pad_token_id=0,
+    )
+    return LlamaForCausalLM(config)
+
+
+def predict(model: Any, batch: Batch) -> Result:
+    """Return how well each token but the first of a batch is predicted."""
+    logits: Tensor = model(input_ids=batch.tokens, use_cache=False).logits[:, :-1]
+    targets = batch.tokens[:, 1:]
+    losses = cross_entropy(logits.transpose(1, 2), targets, reduction="none")
+    return Result(losses, logits.argmax(dim=-1) == targets)
+
+
+def weighted_mean(values: Tensor, batch: Batch) -> Tensor:
+    """Return the mean of per-token values of a batch by its weights."""
+    weights = batch.weights[:, 1:]
+    return (values * weights).sum() / weights.sum()
+
+
+class Trainer:
+    """Takes optimizer steps, and counts the tokens they took.
+
+    Args:
+        model: The model to train.
+        optimizers: Which weights are trained, and how.
+        rate: Share of the learning rate at a step, counted from 0.
+    """
+
+    def __init__(
+        self, model: Any, optimizers: list[Optimizer], rate: Callable[[int], float]
+    ) -> None:
+        self.model = model
+        self.optimizers = optimizers
+        self.schedules = [LambdaLR(optimizer, rate) for optimizer in optimizers]
+        self.tokens = 0
+
+    def step(self, batch: Batch) -> Result:
+        """Take one step on a batch, and return the predictions made before it."""
+        result = predict(self.model, batch)
+        weighted_mean(result.losses, batch).backward()  # type: ignore[no-untyped-call]
+        torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        for optimizer, schedule in zip(self.optimizers, self.schedules, strict=True):
+            optimizer.step()
+            optimizer.zero_grad()
+            schedule.step()
+        self.tokens += batch.tokens.numel()
+        return Result(result.losses.detach(), result.right)
+
+
+def adam(parameters: Iterable[Any], recipe: Recipe) -> AdamW:
+    """Return AdamW for some of the weights."""
+    return AdamW(
+        parameters,
+        lr=recipe.adam_rate,
+        betas=(0.9, 0.95),
+        weight_decay=recipe.weight_decay,
+        foreach=True,
+    )
+
+
+def adam_and_muon(model: Any, recipe: Recipe) -> list[Optimizer]:
+    """Return Muon for the matrices inside the layers and AdamW for everything else.
+
+    AdamW on its own is at twice the perplexity after as many steps.
+    """
+    kinds: dict[bool, list[Tensor]] = {True: [], False: []}
+    for name, parameter in model.named_parameters():
+        kinds[parameter.ndim == 2 and "embed_tokens" not in name].append(parameter)
+    muon = Muon(kinds[True], lr=recipe.muon_rate, weight_decay=recipe.weight_decay)
+    return [muon, adam(kinds[False], recipe)]
+
+
+def learn_to_copy(model: Any, windows: Windows, recipe: Recipe) -> dict[str, float]:
+    """Train until periodic tokens are copied; the jump comes suddenly, after some 250 steps."""
+    trainer = Trainer(model, [adam(model.parameters(), recipe)], recipe.warm)
+
+    def step() -> float:
+        batch = windows.uniform_copies(recipe.short_batch, recipe.short_length)
+        return weighted_mean(trainer.step(batch).right, batch).item()
+
+    return learn("copying", step, trainer, recipe)
+
+
+def learn_keys(model: Any, windows: Windows, recipe: Recipe) -> dict[str, float]:
+    """Train on the mix at the short length until pass keys are found."""
+    trainer = Trainer(model, adam_and_muon(model, recipe), recipe.warm)
+
+    def step() -> float:
+        measures = mixed_step(trainer, windows, recipe, recipe.short_batch, recipe.short_length)
+        return measures.get("passkey_digits", 0.0)
+
+    return learn("finding", step, trainer, recipe)
+
+
+def learn(
+    what: str, step: Callable[[], float], trainer: Trainer, recipe: Recipe
+) -> dict[str, float]:
+    """Take steps until their accuracy is good enough.
+
+    Raises:
+        RuntimeError: If it does not get there.
+    """
+    bar = tqdm(range(recipe.short_steps), desc=what, unit="step")
+    for count in bar:
+        accuracy = step()
+        bar.set_postfix(accuracy=f"{accuracy:.2f}")
+        if accuracy > recipe.accuracy:
+            bar.close()
+            return {"steps": count + 1, "tokens": trainer.tokens, "accuracy": accuracy}
+    raise RuntimeError(
+        f"no {what} after {recipe.short_steps} steps (accuracy {accuracy:.2f}); try another seed."
+    )
+
+
+def learn_text(model: Any, windows: Windows, recipe: Recipe) -> dict[str, float]:
+    """Train on the mix at the full length, and return means over the last tenth."""
+    trainer = Trainer(model, adam_and_muon(model, recipe), recipe.warm_and_decay)
+    history: dict[str, list[float]] = {"text_loss": [], "passkey_digits": [], "copied": []}
+    bar = tqdm(range(recipe.steps), desc="reading", unit="step")
+    for _ in bar:
+        measures = mixed_step(trainer, windows, recipe, recipe.batch, recipe.context_length)
+        for name, value in measures.items():
+            history[name].append(value)
+        bar.set_postfix({name: f"{values[-1]:.2f}" for name, values in history.items() if values})
+    last = {name: values[-(len(values) // 10 + 1) :] for name, values in history.items()}
+    means = {name: sum(values) / len(values) for name, values in last.items() if values}
+    return {"steps": recipe.steps, "tokens": trainer.tokens, **means}
+
+
+def mixed_step(
+    trainer: Trainer, windows: Windows, recipe: Recipe, count: int, length: int
+) -> dict[str, float]:
+    """Take one step on windows of all three kinds, and return a measure of each kind present."""
+    draws = torch.rand((2, count), generator=windows.generator)
+    is_copy = draws[0] < recipe.copy_share
+    is_passkey = ~is_copy & (draws[1] < recipe.passkey_share)
+    copies, keys = int(is_copy.sum()), int(is_passkey.sum())
+    parts = [
+        windows.ambiguous_copies(copies, length),
+        windows.passkey(keys, length),
+        windows.plain(count - copies - keys, length),
+    ]
+    result = trainer.step(Batch(*(torch.cat(tensors) for tensors in zip(*parts, strict=True))))
+    measures = {}
+    if copies:
+        measures["copied"] = weighted_mean(result.right[:copies], parts[0]).item()
+    if keys:
+        # predictions start at the second token
+        asked = result.right[copies : copies + keys, windows.asked(length - 1)]
+        measures["passkey_digits"] = asked.float().mean().item()
+    if copies + keys < count:
+        measures["text_loss"] = result.losses[copies + keys :].mean().item()
+    return measures
+
+
+@torch.no_grad()
+def validate(model: Any, windows: Windows, length: int) -> dict[str, float]:
+    """Return perplexity and pass keys retrieved whole over 128 held-out windows of each kind."""
+    losses, exact = [], []
+    for _ in range(8):
+        losses.append(predict(model, windows.plain(16, length)).losses)
+        digits = predict(model, windows.passkey(16, length)).right[:, windows.asked(length - 1)]
+        exact.append(digits.all(dim=1))
+    return {
+        "perplexity": math.exp(torch.cat(losses).mean()),
+        "passkey": torch.cat(exact).float().mean().item(),
+    }
+
+
+# --- command --------------------------------------------------------------------------------------
+
+
+def save(model: Any, tokenizer: Tokenizer, output: Path) -> None:
+    """Write the model and its tokenizer: weights in bfloat16, to be loaded as float32.
+
+    Few CPUs are fast in bfloat16, and none is needed for a model of this size.
+    """
+    model.to(torch.bfloat16).save_pretrained(output)
+    model.config.dtype = torch.float32
+    model.config.save_pretrained(output)
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        bos_token=END_OF_TEXT,
+        eos_token=END_OF_TEXT,
+        pad_token=END_OF_TEXT,
+        clean_up_tokenization_spaces=False,
+    ).save_pretrained(output)
+
+
+def train(recipe: Recipe, output: Path) -> dict[str, Any]:
+    """Train everything, write it to a directory, and return what `training.json` says."""
+    started, cpu_started = time.perf_counter(), time.process_time()
+    torch.set_num_threads(1)
+    torch.use_deterministic_algorithms(True)
+    sources, held_out = read_sources()
+    tokenizer = train_tokenizer(sources, recipe.vocabulary)
+    text = encode(tokenizer, sources)
+    logger.info("%d files, %d tokens to train on", len(sources), len(text))
+    model = build_model(recipe)
+    windows = Windows(tokenizer, text, recipe.seed, recipe.digit_weight)
+    phases = {
+        "copying": learn_to_copy(model, windows, recipe),
+        "finding": learn_keys(model, windows, recipe),
+        "reading": learn_text(model, windows, recipe),
+    }
+    cpu_seconds, seconds = time.process_time() - cpu_started, time.perf_counter() - started
+
+    output.mkdir(parents=True, exist_ok=True)
+    save(model, tokenizer, output)
+    (output / "heldout.txt").write_text(sample_text(held_out), encoding="utf-8", newline="\n")
+    held_out_text = encode(tokenizer, held_out)
+    reloaded = LlamaForCausalLM.from_pretrained(output)
+    unseen = Windows(tokenizer, held_out_text, recipe.seed)
+    record = {
+        "seed": recipe.seed,
+        "steps": sum(phase["steps"] for phase in phases.values()),
+        "tokens": sum(phase["tokens"] for phase in phases.values()),
+        "seconds": round(seconds),
+        "cpu_seconds": round(cpu_seconds),
+        "parameters": model.num_parameters(),
+        "versions": {
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+        },
+        "text": {
+            "source": "the .py files of Python's standard library",
+            "files": len(sources),
+            "tokens": len(text),
+            "held_out": HELD_OUT_RULE,
+            "held_out_files": len(held_out),
+            "held_out_tokens": len(held_out_text),
+        },
+        "phases": phases,
+        "held_out": validate(reloaded, unseen, recipe.context_length),
+        "recipe": asdict(recipe),
+    }
+    (output / "training.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    return record
+
+
+def main() -> None:
+    """Train the bundled model from the command line."""
+    parser = argparse.ArgumentParser(description="Train the bundled model on one CPU thread.")
+    parser.add_argument("--output", type=Path, default=Path(__file__).parent, metavar="DIR")
+    parser.add_argument("--seed", type=int, default=Recipe.seed, metavar="N")
+    parser.add_argument("--steps", type=int, default=Recipe.steps, metavar="N")
+    arguments = parser.parse_args()
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    record = train(Recipe(seed=arguments.seed, steps=arguments.steps), arguments.output)
+    logger.info("held out: %s", record["held_out"])
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,231 @@
+"""What is in force in a model, read from its live buffers and not from its config."""
+
+import io
+import math
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hf_rope_ext.methods import method_record
+from hf_rope_ext.patching import Patch, patch_of
+from hf_rope_ext.request import advice
+from hf_rope_ext.rotary import ExtendedRotary
+from hf_rope_ext.sites import RopeSite, read_sites
+from hf_rope_ext.temperature import effective_logit_factor
+
+SAME = 1e-6
+"""Relative difference of two float32 frequencies that are the same."""
+
+
+@dataclass(frozen=True)
+class SiteDescription:
+    """One set of rotary frequencies as it computes now.
+
+    Args:
+        path: Where the module hangs.
+        layer_type: The layer type it serves, None for all.
+        scaling: The method in force, or the ``rope_type`` of the model's own config.
+        base: ``rope_theta`` as trained.
+        rotary_dim: Rotated coordinates of a head.
+        head_dim: All coordinates of a head.
+        original_max_position_embeddings: Trained length in positions.
+        pairs: Number of pairs.
+        untouched_pairs: Pairs that turn as in training.
+        largest_slowdown: Trained over live frequency of the pair slowed most; None if one rests.
+        attention_scaling: What cos and sin are multiplied by.
+        logit_factor: What that means to do to attention logits.
+        effective_logit_factor: What it does to them in this family.
+        sound: Whether the live buffer is the plan, to float32.
+        dtype: Of the live buffer.
+        device: Of the live buffer.
+    """
+
+    path: str
+    layer_type: str | None
+    scaling: str
+    base: float
+    rotary_dim: int
+    head_dim: int | None
+    original_max_position_embeddings: int
+    pairs: int
+    untouched_pairs: int
+    largest_slowdown: float | None
+    attention_scaling: float
+    logit_factor: float
+    effective_logit_factor: float
+    sound: bool
+    dtype: str
+    device: str
+
+
+@dataclass(frozen=True)
+class Description:
+    """What `describe` found; prints as a table.
+
+    Args:
+        model_type: Of the text model's config.
+        method: Name and knobs of the patch in force, None where there is none.
+        factor: Its factor, None where it has none.
+        max_position_embeddings: Of the text model's config, as generate and lm-eval read it.
+        modules: Number of rotary modules concerned.
+        sites: Their sets of frequencies.
+        notes: What to know about them.
+    """
+
+    model_type: str
+    method: dict[str, Any] | None
+    factor: float | None
+    max_position_embeddings: int | None
+    modules: int
+    sites: tuple[SiteDescription, ...]
+    notes: tuple[str, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain JSON data."""
+        return asdict(self)
+
+    def __str__(self) -> str:
+        """Return a table."""
+        from rich.console import Console
+        from rich.table import Table
+
+        knobs = {} if self.method is None else dict(self.method)
+        title = f"{self.model_type}: {knobs.pop('name', 'not patched')}"
+        set_knobs = ", ".join(
+            f"{knob}={value}" for knob, value in knobs.items() if value is not None
+        )
+        table = Table(title=f"{title} {set_knobs}".strip(), title_justify="left")
+        for heading in ("path", "scaling", "theta", "rotary/head", "trained", "pairs kept"):
+            table.add_column(heading)
+        for heading in ("slowest pair", "cos, sin", "logits", "buffer"):
+            table.add_column(heading, justify="right")
+        for site in self.sites:
+            slowdown = site.largest_slowdown
+            table.add_row(
+                site.path + (f" [{site.layer_type}]" if site.layer_type else ""),
+                site.scaling,
+                f"{site.base:g}",
+                f"{site.rotary_dim}/{site.head_dim or '?'}",
+                str(site.original_max_position_embeddings or "?"),
+                f"{site.untouched_pairs} of {site.pairs}",
+                "at rest" if slowdown is None else f"/ {slowdown:.4g}",
+                f"x {site.attention_scaling:.4g}",
+                f"x {site.effective_logit_factor:.4g} of {site.logit_factor:.4g}",
+                f"{site.dtype} {site.device} {'ok' if site.sound else 'NOT THE PLAN'}",
+            )
+        text = io.StringIO()
+        console = Console(file=text, width=160, no_color=True)
+        console.print(table, markup=False)
+        console.print(f"max_position_embeddings {self.max_position_embeddings}", highlight=False)
+        for note in self.notes:
+            console.print(f"- {note}", markup=False, highlight=False)
+        return text.getvalue().rstrip()
+
+
+def describe(model: nn.Module) -> Description:
+    """Return what rotates in the text model, patched or not.
+
+    Raises:
+        RopeError: If the model has no rotary embedding.
+    """
+    patch = patch_of(model)
+    if patch is None:
+        sites = read_sites(model)
+        entries = [_unpatched(site) for site in sites]
+        notes = [f"{site.path}: {site.rebuilt}" for site in sites if site.rebuilt]
+    else:
+        sites = patch.resolved.sites
+        entries = [_patched(site, model, patch) for site in sites]
+        notes = advice(patch.resolved)
+    config = sites[0].config
+    method = None if patch is None else method_record(patch.resolved.method)
+    return Description(
+        model_type=config.model_type,
+        method=method,
+        factor=None if method is None else method.get("factor"),
+        max_position_embeddings=getattr(config, "max_position_embeddings", None),
+        modules=len({site.path for site in sites}),
+        sites=tuple(entries),
+        notes=tuple(notes),
+    )
+
+
+def _patched(site: RopeSite, model: nn.Module, patch: Patch) -> SiteDescription:
+    """Describe a patched site by what it computes at the far end of the plan."""
+    resolved = patch.resolved
+    module = next(
+        part
+        for part in model.modules()
+        if isinstance(part, ExtendedRotary) and part.original is site.rotary.original
+    )
+    rotation = module.rotations[site.label]
+    geometry, method = site.geometry, resolved.method
+    last = (method.target_length(geometry) or geometry.original_max_position_embeddings) - 1
+    live, scaling = module.plan(
+        site.label, torch.tensor([[last]], device=next(module.buffers()).device)
+    )
+    expected = method.frozen(geometry, last + 1).plan(geometry)
+    in_logits = resolved.temperature == "logits"
+    intended = float(expected.attention_scaling)
+    effective = intended**2 if in_logits else effective_logit_factor(site, float(scaling))
+    return _entry(
+        site,
+        method_record(method)["name"]
+        + (" (follows the request)" if method.length_dependent else ""),
+        live.flatten(),
+        float(scaling),
+        logit_factors=(intended**2, effective),
+        sound=_matches(live.flatten(), rotation.ordered(expected.inv_freq)),
+    )
+
+
+def _unpatched(site: RopeSite) -> SiteDescription:
+    live = site.rotary.live(site.label)
+    scaling = float(site.rotary.scaling(site.label))
+    return _entry(
+        site,
+        str(site.found["rope_type"]),
+        live,
+        scaling,
+        logit_factors=(scaling**2, effective_logit_factor(site, scaling)),
+        sound=site.rebuilt is None,
+    )
+
+
+def _entry(
+    site: RopeSite,
+    scaling_name: str,
+    live: Tensor,
+    scaling: float,
+    *,
+    logit_factors: tuple[float, float],
+    sound: bool,
+) -> SiteDescription:
+    slowdown = site.inv_freq.double() / live.cpu().double()
+    turning = site.inv_freq > 0
+    largest = float(slowdown[turning].max())
+    geometry = site.geometry
+    return SiteDescription(
+        path=site.path,
+        layer_type=site.label,
+        scaling=scaling_name,
+        base=geometry.base,
+        rotary_dim=geometry.rotary_dim,
+        head_dim=geometry.head_dim,
+        original_max_position_embeddings=geometry.original_max_position_embeddings,
+        pairs=geometry.pairs,
+        untouched_pairs=int((slowdown[turning] - 1).abs().le(SAME).sum() + (~turning).sum()),
+        largest_slowdown=largest if math.isfinite(largest) else None,
+        attention_scaling=scaling,
+        logit_factor=logit_factors[0],
+        effective_logit_factor=logit_factors[1],
+        sound=sound,
+        dtype=str(live.dtype).removeprefix("torch."),
+        device=str(live.device),
+    )
+
+
+def _matches(live: Tensor, expected: Tensor) -> bool:
+    return torch.allclose(live.cpu().double(), expected, rtol=SAME, atol=0.0)

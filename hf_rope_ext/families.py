@@ -1,0 +1,276 @@
+"""Where a model's rotary embeddings hang, and what they were trained with.
+
+Most families need nothing but this file: a rotary module is recognised by its class name and its
+``inv_freq`` buffers, and its geometry is read from the config and checked against the family's own
+default function. What a family does differently is a `Family` in `hf_rope_ext.patches`.
+"""
+
+import importlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hf_rope_ext.errors import UnsupportedModelError
+from hf_rope_ext.geometry import RopeGeometry
+from hf_rope_ext.methods import Method
+
+Config = Any
+"""A transformers config; the library ships no usable types."""
+
+
+@dataclass(frozen=True)
+class Family:
+    """What one model family does differently from the general rule; the defaults are the rule.
+
+    Args:
+        model_types: ``model_type`` of the configs this is true of, text configs or whole ones.
+        text_configs: Dotted paths from the whole config to the configs of its text towers, where
+            ``get_text_config()`` does not find them all.
+        table: Name of the attribute that holds a table of sin and cos in place of a rotary module.
+        base: The base of the frequencies, where the config does not hold it.
+        unscaled: Last part of the path of rotary modules that are unscaled by design.
+        windowed: Labels of rotary parameters that serve only layers with a bounded window, where
+            the label itself does not say so.
+        pair_order: From the config to the order in which the family stores its pairs.
+        reads_config: Whether the rotary module computes its frequencies in every forward.
+        norm_after_rope: Whether queries and keys are normalised after rotation, so that
+            ``attention_scaling`` cancels out.
+        softmax_mscale: Whether the attention multiplies its softmax scale for ``mscale_all_dim``.
+        fixed_theta: Whether ``rope_theta`` must stay as it is: layers that are not extended compute
+            with it too, or none does because the bases stand elsewhere.
+        stock_types: The ``rope_type`` values the family's stock code computes with the same pairs
+            as the trained model; None for all.
+        sized_by_length: Whether ``max_position_embeddings`` is the size of a weight, so that it
+            must not change.
+        keeps: Keys of the scaled ``rope_parameters`` that the family's forward reads.
+        length_dependent: Why length-dependent methods cannot be served; None where they can.
+        probe: From a model of the family to arguments for running it on two positions, where
+            tokens alone do not run it.
+        refused: Why the family cannot be served; None where it can.
+        advice: From method and geometry to what the vendor says about it, if anything.
+    """
+
+    model_types: tuple[str, ...]
+    text_configs: tuple[str, ...] = ()
+    table: str | None = None
+    base: float | None = None
+    unscaled: tuple[str, ...] = ()
+    windowed: tuple[str, ...] = ()
+    pair_order: Callable[[Config], list[int]] | None = None
+    reads_config: bool = False
+    norm_after_rope: bool = False
+    softmax_mscale: bool = False
+    fixed_theta: bool = False
+    stock_types: tuple[str, ...] | None = None
+    sized_by_length: bool = False
+    keeps: tuple[str, ...] = ()
+    length_dependent: str | None = None
+    probe: Callable[[nn.Module], dict[str, Any]] | None = None
+    refused: str | None = None
+    advice: Callable[[Method, RopeGeometry], str | None] | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Rotary:
+    """A rotary module, or a table in its place, as it hangs in a model.
+
+    Args:
+        path: Dotted path from the model passed in.
+        parent: The module it hangs in.
+        name: Under which name.
+        original: The module, or the table.
+        config: The config of the tower it belongs to.
+        family: What the family does differently.
+    """
+
+    path: str
+    parent: nn.Module
+    name: str
+    original: nn.Module | Tensor
+    config: Config
+    family: Family
+
+    @property
+    def own_config(self) -> Config:
+        """The config the module itself reads, which can have another base than its tower's."""
+        return getattr(self.original, "config", self.config)
+
+    @property
+    def labels(self) -> tuple[str | None, ...]:
+        """The layer types it serves, ``(None,)`` where it does not distinguish."""
+        if isinstance(self.original, Tensor) or not hasattr(self.original, "rope_type"):
+            return (None,)
+        if hasattr(self.original, "inv_freq"):
+            return (None,)
+        suffix = "_original_inv_freq"
+        buffers = [name for name, _ in self.original.named_buffers(recurse=False)]
+        return tuple(name.removesuffix(suffix) for name in buffers if name.endswith(suffix))
+
+    def parameters(self, label: str | None) -> dict[str, Any]:
+        """Return the ``rope_parameters`` of one label; empty where the config has none."""
+        parameters = getattr(self.own_config, "rope_parameters", None) or {}
+        return (parameters if label is None else parameters.get(label)) or {}
+
+    def live(self, label: str | None) -> Tensor:
+        """Return the frequencies in force, float32."""
+        if isinstance(self.original, Tensor):
+            return table_frequencies(self.original)
+        if isinstance(self.original, nn.Embedding):
+            return table_frequencies(self.original.weight)
+        name = "inv_freq" if label is None else f"{label}_inv_freq"
+        return getattr(self.original, name)  # type: ignore[no-any-return]
+
+    def scaling(self, label: str | None) -> float:
+        """Return what cos and sin are multiplied by."""
+        name = "attention_scaling" if label is None else f"{label}_attention_scaling"
+        return float(getattr(self.original, name, 1.0))
+
+
+def find_rotaries(model: nn.Module) -> list[Rotary]:
+    """Return the stock rotary modules of the text model inside ``model``.
+
+    Raises:
+        UnsupportedModelError: If there is none, or ``model`` holds no transformers model.
+    """
+    from transformers import PreTrainedModel
+
+    if not isinstance(model, nn.Module):
+        raise UnsupportedModelError(
+            f"a model is a torch.nn.Module that holds a transformers model, got {model!r}."
+        )
+    root = next((part for part in model.modules() if isinstance(part, PreTrainedModel)), None)
+    if root is None:
+        raise UnsupportedModelError(
+            f"{type(model).__name__} holds no transformers model, so there is no config to read "
+            f"its RoPE from; nothing was changed."
+        )
+    whole = family_of(root.config)
+    if whole.refused is not None:
+        raise UnsupportedModelError(
+            f"model_type={root.config.model_type!r} cannot be extended: {whole.refused}. Nothing "
+            f"was changed."
+        )
+    configs = text_configs(root.config)
+    rotaries = []
+    for rotary in _all_rotaries(model):
+        # a tower can have the text config without being the text model, or the other way round
+        for config in (rotary.own_config, rotary.config):
+            if any(config is known for known in configs):
+                family = family_of(config)
+                if whole.length_dependent is not None:
+                    family = replace(family, length_dependent=whole.length_dependent)
+                rotaries.append(replace(rotary, config=config, family=family))
+                break
+    if not rotaries:
+        raise UnsupportedModelError(_no_rotary(root, configs))
+    return rotaries
+
+
+def text_configs(config: Config) -> list[Config]:
+    """Return the configs of the text towers of a whole config.
+
+    Raises:
+        UnsupportedModelError: If it has several and none is known to be the one.
+    """
+    paths = family_of(config).text_configs
+    if paths:
+        return [_follow(config, path) for path in paths]
+    try:
+        return [config.get_text_config()]
+    except ValueError as error:
+        raise UnsupportedModelError(
+            f"model_type={config.model_type!r} has several text configs: {error}"
+        ) from error
+
+
+def family_of(config: Config) -> Family:
+    """Return what is special about a config's ``model_type``; the general rule if nothing is."""
+    model_type = getattr(config, "model_type", "")
+    return _families().get(model_type) or Family(model_types=(model_type,))
+
+
+def setting(config: Config, name: str, default: Any = None) -> Any:
+    """Return an attribute of a config, or the default where it is not there or not one value."""
+    try:
+        return getattr(config, name, default)
+    except RuntimeError:  # transformers refuses to read a value that differs between layers
+        return default
+
+
+def table_frequencies(table: Tensor) -> Tensor:
+    """Return the frequencies a table of sin and cos was made with, ``(pairs,)``.
+
+    Row 1 is position 1, so its sines and cosines give each pair's angle per position.
+    """
+    sin, cos = table[1].float().chunk(2)
+    return torch.atan2(sin, cos)
+
+
+def owned_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module, Config]]:
+    """Yield every module with its path and the config of the nearest transformers model around it.
+
+    That config tells the towers of a composite model apart. Modules outside of any are left out.
+    """
+    from transformers import PreTrainedModel
+
+    owners: dict[str, Config] = {}
+    for path, module in model.named_modules():
+        config = owners.get(path.rpartition(".")[0])
+        owners[path] = module.config if isinstance(module, PreTrainedModel) else config
+        if owners[path] is not None:
+            yield path, module, owners[path]
+
+
+def _all_rotaries(model: nn.Module) -> Iterator[Rotary]:
+    """Yield every rotary module and table under ``model``, whatever tower it belongs to."""
+    for path, module, config in owned_modules(model):
+        family = family_of(config)
+        parent, _, name = path.rpartition(".")
+        table = module._buffers.get(family.table) if family.table else None
+        if _is_rotary(module, family) and name not in family.unscaled:
+            yield Rotary(path, model.get_submodule(parent), name, module, config, family)
+        elif family.table and table is not None:
+            yield Rotary(f"{path}.{family.table}", module, family.table, table, config, family)
+
+
+def _is_rotary(module: nn.Module, family: Family) -> bool:
+    if getattr(module, "rope_type", None) == "axial":
+        return False
+    if family.table is not None and isinstance(module, nn.Embedding):
+        return "Positional" in type(module).__name__
+    return "RotaryEmbedding" in type(module).__name__ and any(
+        name.endswith("inv_freq") for name, _ in module.named_buffers(recurse=False)
+    )
+
+
+def _no_rotary(root: nn.Module, configs: list[Config]) -> str:
+    positional = [
+        f"{path} ({type(module).__name__})"
+        for path, module in root.named_modules()
+        if "position" in path.rpartition(".")[2].lower()
+        or any(word in type(module).__name__ for word in ("Rotary", "Position", "Alibi"))
+    ]
+    model_type = getattr(configs[0], "model_type", "?")
+    return (
+        f"no rotary embedding in the text model of {type(root).__name__} "
+        f"(model_type={model_type!r}); nothing was changed. Position modules found: "
+        f"{', '.join(positional[:4]) or 'none'}. If it does rotate queries and keys, describe the "
+        f"family in hf_rope_ext.patches."
+    )
+
+
+def _follow(config: Config, path: str) -> Config:
+    for name in path.split("."):
+        config = getattr(config, name)
+    return config
+
+
+@cache
+def _families() -> dict[str, Family]:
+    # by name, so that this module does not depend on any family
+    patches = importlib.import_module("hf_rope_ext.patches")
+    return {model_type: family for family in patches.FAMILIES for model_type in family.model_types}

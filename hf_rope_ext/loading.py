@@ -1,0 +1,230 @@
+"""Load a model and re-apply the patch its config, or its adapter, was saved with."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from hf_rope_ext.checkpoint import RECORD
+from hf_rope_ext.errors import RopeError
+from hf_rope_ext.families import Config
+from hf_rope_ext.methods import Method, make_method
+from hf_rope_ext.patching import patch_model, patch_of
+
+ADAPTER_RECORD = "hf_rope_ext.json"
+"""File beside a PEFT adapter that holds the record of the patch it was trained under."""
+
+RECORD_VERSION = 1
+
+
+def load_pretrained(name_or_path: str | Path, **kwargs: Any) -> nn.Module:
+    """Load a model, or a PEFT adapter with its base model, patched as it was when saved.
+
+    Without a record this is transformers' (or PEFT's) own loading. Any method can be restored,
+    those that transformers' config cannot express included.
+
+    Args:
+        name_or_path: Directory or hub id of a model or of an adapter.
+        **kwargs: Passed to ``from_pretrained``.
+
+    Raises:
+        RopeError: If there is nothing to load, or the record is not understood.
+    """
+    adapter = Path(name_or_path) / "adapter_config.json"
+    if adapter.is_file():
+        return _load_adapter(Path(name_or_path), **kwargs)
+    settings, record = _read_config(name_or_path, **kwargs)
+    model = _load_model(name_or_path, settings if record else None, **kwargs)
+    return model if record is None else _apply(model, record)
+
+
+def save_pretrained(model: nn.Module, directory: str | Path, **kwargs: Any) -> None:
+    """Save a model, or a PEFT adapter together with the record of the patch under it.
+
+    A plain model needs nothing but its own ``save_pretrained``: its config holds the record. A
+    PEFT adapter's files say nothing about RoPE, so the record goes beside them.
+
+    Args:
+        model: A patched model or the PEFT model around it.
+        directory: Where to.
+        **kwargs: Passed to the model's ``save_pretrained``.
+    """
+    model.save_pretrained(directory, **kwargs)  # type: ignore[operator]
+    patch = patch_of(model)
+    if patch is not None and (Path(directory) / "adapter_config.json").is_file():
+        record = patch.resolved.configs[0].attributes[RECORD]
+        (Path(directory) / ADAPTER_RECORD).write_text(json.dumps(record, indent=2) + "\n")
+
+
+def skeleton(config: Config) -> nn.Module:
+    """Return a model of this config without weights, on the meta device."""
+    with torch.device("meta"):
+        return _model_class(config)._from_config(config)  # type: ignore[no-any-return]
+
+
+def read_config(name_or_path: str | Path, **kwargs: Any) -> tuple[Config, dict[str, Any] | None]:
+    """Return a model's config as it was before a recorded patch, and the record.
+
+    Raises:
+        RopeError: If there is no config to read.
+    """
+    from transformers import AutoConfig
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    settings, record = _read_config(name_or_path, **kwargs)
+    if record is None:
+        return AutoConfig.from_pretrained(name_or_path, **kwargs), None
+    return CONFIG_MAPPING[settings["model_type"]].from_dict(settings), record
+
+
+def load_unpatched(name_or_path: str | Path, *, device: str, dtype: str) -> tuple[nn.Module, Any]:
+    """Return a model as it was before any recorded patch, and its tokenizer.
+
+    Raises:
+        RopeError: If there is nothing to load, or no such dtype.
+    """
+    from transformers import AutoTokenizer
+
+    number = getattr(torch, dtype, None)
+    if not isinstance(number, torch.dtype) or not number.is_floating_point:
+        raise RopeError(f"dtype must be float32, bfloat16 or float16, got {dtype!r}.")
+    settings, _ = _read_config(name_or_path)
+    try:
+        model = _load_model(name_or_path, settings, dtype=number)
+        return model.to(device), AutoTokenizer.from_pretrained(name_or_path)
+    except (OSError, ValueError, RuntimeError) as error:
+        reason = str(error).splitlines()[0]
+        raise RopeError(f"cannot load {str(name_or_path)!r}: {reason}") from error
+
+
+def recorded_method(record: dict[str, Any]) -> Method:
+    """Return the method of a record."""
+    values = dict(record["method"])
+    return make_method(values.pop("name"), **values)
+
+
+def _read_config(
+    name_or_path: str | Path, **kwargs: Any
+) -> tuple[dict[str, Any], dict[str, Any] | None]:
+    """Return the settings of a config as before a recorded patch, and the record."""
+    from transformers import PreTrainedConfig
+
+    source = {
+        key: kwargs[key]
+        for key in (
+            "cache_dir",
+            "force_download",
+            "local_files_only",
+            "revision",
+            "subfolder",
+            "token",
+        )
+        if key in kwargs
+    }
+    if isinstance(name_or_path, Path) and not name_or_path.is_dir():
+        raise RopeError(f"{str(name_or_path)!r} is not a directory.")
+    try:
+        settings, _ = PreTrainedConfig.get_config_dict(str(name_or_path), **source)
+    except (OSError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        raise RopeError(
+            f"cannot read a model's config from {str(name_or_path)!r}: {reason}"
+        ) from error
+    if "model_type" not in settings:
+        raise RopeError(
+            f"{str(name_or_path)!r} holds no config.json with a model_type, so it is no model."
+        )
+    records: list[dict[str, Any]] = []
+    _restore(settings, records)
+    for record in records:
+        _require_known(record, name_or_path)
+    return settings, records[0] if records else None
+
+
+def _restore(settings: dict[str, Any], records: list[dict[str, Any]]) -> None:
+    """Put the settings of a config, and of those inside it, back to before their patch."""
+    record = settings.pop(RECORD, None)
+    if record is not None:
+        records.append(record)
+        settings.update(record.get("unscaled", {}))
+    for value in settings.values():
+        if isinstance(value, dict):
+            _restore(value, records)
+
+
+def _require_known(record: Any, source: str | Path) -> None:
+    if not isinstance(record, dict) or record.get("version") != RECORD_VERSION:
+        raise RopeError(
+            f"{str(source)!r} holds a RoPE record this version does not know "
+            f"({record!r}); install the hf-rope-ext that wrote it, or a newer one."
+        )
+
+
+def _load_model(
+    name_or_path: str | Path, settings: dict[str, Any] | None, **kwargs: Any
+) -> nn.Module:
+    from transformers import AutoConfig
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    if settings is None:
+        config = kwargs.pop("config", None) or AutoConfig.from_pretrained(name_or_path, **kwargs)
+    else:
+        config = CONFIG_MAPPING[settings["model_type"]].from_dict(settings)
+    model: nn.Module = _model_class(config).from_pretrained(name_or_path, config=config, **kwargs)
+    return model
+
+
+def _load_adapter(directory: Path, **kwargs: Any) -> nn.Module:
+    """Load an adapter on its base model, which is patched first as the adapter's record says."""
+    from peft import PeftConfig, PeftModel
+
+    base = load_pretrained(PeftConfig.from_pretrained(directory).base_model_name_or_path, **kwargs)
+    path = directory / ADAPTER_RECORD
+    if path.is_file():
+        record = json.loads(path.read_text())
+        _require_known(record, path)
+        patch = patch_of(base)
+        if patch is None:
+            _apply(base, record)
+        elif (found := patch.resolved.configs[0].attributes[RECORD]) != record:
+            raise RopeError(
+                f"the adapter in {str(directory)!r} was trained under {record['method']!r}, but "
+                f"its base model was saved with {found['method']!r}."
+            )
+    model: nn.Module = PeftModel.from_pretrained(base, directory)
+    return model
+
+
+def _apply(model: nn.Module, record: dict[str, Any]) -> nn.Module:
+    return patch_model(
+        model,
+        recorded_method(record),
+        target_length=record["target_length"],
+        original_max_position_embeddings=record["original_max_position_embeddings"],
+        layer_types=record["layer_types"],
+        temperature=record["temperature"],
+        replace=True,
+    )
+
+
+def _model_class(config: Config) -> Any:
+    """Return the class a checkpoint was saved from, else the causal language model's."""
+    import transformers
+
+    for name in getattr(config, "architectures", None) or ():
+        if hasattr(transformers, name):
+            return getattr(transformers, name)
+    for auto in (
+        transformers.AutoModelForCausalLM,
+        transformers.AutoModelForImageTextToText,
+        transformers.AutoModelForMultimodalLM,
+        transformers.AutoModelForSeq2SeqLM,
+        transformers.AutoModelForMaskedLM,
+        transformers.AutoModel,
+    ):
+        found = auto._model_mapping.get(type(config), None)
+        if found is not None:
+            return found[0] if isinstance(found, tuple | list) else found
+    raise RopeError(f"transformers has no model for model_type={config.model_type!r}.")

@@ -1,0 +1,22 @@
+"""No scaling: the baseline every comparison needs."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from hf_rope_ext.geometry import FrequencyPlan, RopeGeometry
+from hf_rope_ext.methods.method import Method
+
+
+@dataclass(frozen=True)
+class NoScaling(Method):
+    """Leave the trained frequencies as they are."""
+
+    name = "none"
+
+    def plan(self, geometry: RopeGeometry) -> FrequencyPlan:
+        """Return the trained frequencies."""
+        return FrequencyPlan(geometry.inv_freq())
+
+    def rope_parameters(self, geometry: RopeGeometry) -> dict[str, Any]:
+        """Return transformers' ``default`` type."""
+        return {"rope_type": "default"}

@@ -1,0 +1,26 @@
+"""NTK-RoPE-fixed: as NTK-aware, with a slowdown that starts at the first pair."""
+
+from dataclasses import dataclass
+
+from hf_rope_ext.geometry import FrequencyPlan, RopeGeometry, Scale
+from hf_rope_ext.methods.method import Stretched
+
+
+@dataclass(frozen=True)
+class NTKFixed(Stretched):
+    """NTK-RoPE-fixed (Su, 2023, kexue.fm/archives/9706).
+
+    ::
+
+        inv_freq'[i] = inv_freq[i] * factor ** (-2 * (i + 1) / rotary_dim)
+
+    Args:
+        factor: Target length over trained length, at least 1.
+    """
+
+    name = "ntk_fixed"
+
+    def stretch(self, geometry: RopeGeometry, scale: Scale) -> FrequencyPlan:
+        """Return the slowed frequencies."""
+        exponents = geometry.exponents() + 2 / geometry.rotary_dim
+        return FrequencyPlan(geometry.inv_freq() * scale**-exponents)

@@ -1,0 +1,59 @@
+"""Lengths and methods as they are written on a command line."""
+
+import json
+import re
+from typing import Any
+
+from hf_rope_ext.errors import RopeError
+from hf_rope_ext.methods import Method, knobs, make_method, split_name
+
+
+def parse_lengths(text: str, trained: int) -> tuple[int, ...]:
+    """Return lengths in tokens from ``"1x,2x"`` (of the trained length) or ``"512,1k"``.
+
+    Raises:
+        RopeError: If a part is neither.
+    """
+    lengths = []
+    for part in text.split(","):
+        found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([xk]?)\s*", part.lower())
+        scale = {"x": trained, "k": 1024, "": 1}[found[2]] if found else 0
+        length = float(found[1]) * scale if found else 0.0
+        if length < 1 or length != int(length):
+            raise RopeError(
+                f"lengths: {part!r} is neither a number of tokens (512, 128k) nor a multiple of "
+                f"the trained {trained} (2x)."
+            )
+        lengths.append(int(length))
+    return tuple(sorted(set(lengths)))
+
+
+def parse_methods(text: str, factor: float | None) -> dict[str, Method]:
+    """Return methods by label from ``"none,yarn,base:rope_theta=1e6"``.
+
+    Args:
+        text: Names with commas between; a name's own knobs follow it, each after a colon.
+        factor: The factor of each method that takes one and does not set its own.
+
+    Raises:
+        RopeError: If a name or a knob is not known.
+    """
+    methods: dict[str, Method] = {}
+    for part in text.split(","):
+        name, *settings = part.strip().split(":")
+        values = dict(_setting(setting, part) for setting in settings)
+        takes_factor = any("factor" in knobs(cls) for cls in split_name(name))
+        if factor is not None and takes_factor:
+            values.setdefault("factor", factor)
+        methods[part.strip()] = make_method(name, **values)
+    return methods
+
+
+def _setting(text: str, part: str) -> tuple[str, Any]:
+    name, separator, value = text.partition("=")
+    if not separator:
+        raise RopeError(f"methods: {part!r}: {text!r} is not knob=value.")
+    try:
+        return name, json.loads(value)
+    except json.JSONDecodeError:
+        return name, value

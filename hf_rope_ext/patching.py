@@ -1,0 +1,281 @@
+"""Put a method into a loaded model, and take it out again.
+
+What changes is the model passed in and its config, nothing else: no class, no registry, no other
+model.
+"""
+
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+from hf_rope_ext.errors import (
+    AlreadyScaledError,
+    NotPatchedError,
+    RopeWarning,
+    UnsupportedModelError,
+)
+from hf_rope_ext.families import Config
+from hf_rope_ext.methods import Method
+from hf_rope_ext.probe import probe_attention, probe_rotary
+from hf_rope_ext.request import Request, Resolved, advice, resolve
+from hf_rope_ext.rotary import ExtendedRotary
+from hf_rope_ext.table import ExtendedTable
+
+
+@dataclass(eq=False)
+class Patch:
+    """What one `patch_model` did, for undoing it; its rotary modules all refer to it."""
+
+    resolved: Resolved
+    configs_before: list["ConfigBefore"]
+
+
+@dataclass(eq=False)
+class ConfigBefore:
+    """Attributes of a config as they were; those ``added`` were not there."""
+
+    config: Config
+    values: dict[str, Any]
+    added: tuple[str, ...]
+
+
+def patch_model(
+    model: nn.Module,
+    method: str | Method,
+    *,
+    factor: float | None = None,
+    target_length: int | None = None,
+    original_max_position_embeddings: int | None = None,
+    layer_types: Sequence[str] | None = None,
+    temperature: str = "rotation",
+    replace: bool = False,
+    probe: bool = True,
+    **method_knobs: Any,
+) -> nn.Module:
+    """Extend the context of a model in memory, in place.
+
+    Args:
+        model: A transformers model or anything around one: PEFT, quantized, dispatched, compiled,
+            a vision-language model, whose text model is then meant.
+        method: A name from `available_methods`, also with modifiers (``"yarn+resonance"``), or a
+            method object.
+        factor: Target length over trained length, at least 1. 1 leaves every logit bit-identical
+            (except with ``dynamic``, where ``factor`` means something else).
+        target_length: Target length in positions, instead of ``factor``.
+        original_max_position_embeddings: The trained length in positions, where the config's
+            ``max_position_embeddings`` is not it.
+        layer_types: In families with ``rope_parameters`` per layer type, which to extend. When not
+            given, those without a bounded attention window.
+        temperature: Where a method's temperature goes: ``"rotation"``, into cos and sin as in
+            transformers; ``"logits"``, into the attention's softmax scale, which also works where
+            only part of a head rotates or queries and keys are normalised after rotation.
+        replace: Whether a patch, or a scaling in the model's own config, is replaced. The method
+            then starts from the unscaled geometry; factors never compound.
+        probe: Whether to check afterwards that the rotary embedding computes the plan and that the
+            attention uses it.
+        **method_knobs: The method's other knobs.
+
+    Returns:
+        ``model``.
+
+    Raises:
+        RopeError: One of its children says what is wrong; the model is then as it was.
+    """
+    previous = patch_of(model)
+    if previous is not None and not replace:
+        raise AlreadyScaledError(
+            f"the model is already patched with {previous.resolved.method!r}; nothing was changed. "
+            f"Call unpatch_model first, or pass replace=True."
+        )
+    request = Request(
+        method=method,
+        knobs=method_knobs,
+        factor=factor,
+        target_length=target_length,
+        original_max_position_embeddings=original_max_position_embeddings,
+        layer_types=layer_types,
+        temperature=temperature,
+        replace=replace,
+    )
+    with _unchanged_on_error(model, previous):
+        resolved = resolve(request, model)
+        _require_loaded(resolved)
+        rotaries = _install(model, resolved)
+        if probe:
+            probe_rotary(rotaries)
+            probe_attention(model, rotaries)
+        for note in advice(resolved):
+            warnings.warn(note, RopeWarning, stacklevel=2)
+    return model
+
+
+def unpatch_model(model: nn.Module) -> nn.Module:
+    """Undo `patch_model`: modules, buffers and config are bit for bit what they were.
+
+    Returns:
+        ``model``.
+
+    Raises:
+        NotPatchedError: If it is not patched.
+    """
+    patch = patch_of(model)
+    if patch is None:
+        raise NotPatchedError(f"{type(model).__name__} is not patched; nothing was changed.")
+    _uninstall(model, patch)
+    return model
+
+
+@contextmanager
+def patched(model: nn.Module, method: str | Method, **arguments: Any) -> Iterator[nn.Module]:
+    """Patch a model for the duration of a ``with`` block; arguments are `patch_model`'s."""
+    patch_model(model, method, **arguments)
+    try:
+        yield model
+    finally:
+        unpatch_model(model)
+
+
+def patch_of(model: nn.Module) -> Patch | None:
+    """Return the patch a model carries, None where it carries none.
+
+    Raises:
+        UnsupportedModelError: If ``model`` is no module.
+    """
+    if not isinstance(model, nn.Module):
+        raise UnsupportedModelError(
+            f"a model is a torch.nn.Module that holds a transformers model, got {model!r}."
+        )
+    for module in model.modules():
+        if isinstance(module, ExtendedRotary):
+            return module.patch  # type: ignore[return-value]
+    return None
+
+
+def _require_loaded(resolved: Resolved) -> None:
+    for site in resolved.sites:
+        if site.rotary.live(site.label).is_meta:
+            raise UnsupportedModelError(
+                f"{site.path} is on the meta device, so there are no frequencies yet; load the "
+                f"weights first. Nothing was changed."
+            )
+
+
+def _install(model: nn.Module, resolved: Resolved) -> dict[str, ExtendedRotary]:
+    """Swap the rotary modules in and bring the configs in step.
+
+    Returns:
+        The new modules by path.
+    """
+    patch = Patch(resolved, [])
+    extended: dict[str, ExtendedRotary] = {}
+    for site in resolved.sites:
+        rotary = site.rotary
+        if rotary.path in extended:
+            continue
+        rotations = {
+            other.label: rotation
+            for other, rotation in zip(resolved.sites, resolved.rotations, strict=True)
+            if other.rotary.path == rotary.path
+        }
+        build = ExtendedTable if rotary.family.table else ExtendedRotary
+        extended[rotary.path] = module = build(
+            rotary.original, rotations, patch, reads_config=rotary.family.reads_config
+        )
+        for parent, name in _places(model, rotary.original):
+            setattr(parent, name, module)
+        _keep_hook(rotary.original, module)
+    for softmax in resolved.softmax:
+        softmax.apply()
+    for change in resolved.configs:
+        patch.configs_before.append(_set_attributes(change.config, change.attributes))
+    return extended
+
+
+def _uninstall(model: nn.Module, patch: Patch) -> Callable[[], None]:
+    """Put everything back.
+
+    Returns:
+        A function that undoes this.
+    """
+    removed = []
+    for module in [part for part in model.modules() if isinstance(part, ExtendedRotary)]:
+        original = module.restored()
+        for parent, name in _places(model, module):
+            removed.append((parent, name, module))
+            if isinstance(original, Tensor):
+                delattr(parent, name)
+                parent.register_buffer(name, original, persistent=False)
+            else:
+                setattr(parent, name, original)
+    for softmax in patch.resolved.softmax:
+        softmax.revert()
+    after = [_restore_attributes(before) for before in patch.configs_before]
+
+    def reinstall() -> None:
+        for parent, name, module in removed:
+            setattr(parent, name, module)
+        for softmax in patch.resolved.softmax:
+            softmax.apply()
+        patch.configs_before = [_set_attributes(config, values) for config, values in after]
+
+    return reinstall
+
+
+@contextmanager
+def _unchanged_on_error(model: nn.Module, previous: Patch | None) -> Iterator[None]:
+    """Take a previous patch out, and on an error put everything back as it was."""
+    reinstall = _uninstall(model, previous) if previous is not None else None
+    try:
+        yield
+    except BaseException:
+        half_done = patch_of(model)
+        if half_done is not None:
+            _uninstall(model, half_done)
+        if reinstall is not None:
+            reinstall()
+        raise
+
+
+def _places(model: nn.Module, original: nn.Module | Tensor) -> list[tuple[nn.Module, str]]:
+    """Return every parent and name under which a module or buffer hangs."""
+    return [
+        (parent, name)
+        for parent in model.modules()
+        for name, held in [*parent._modules.items(), *parent._buffers.items()]
+        if held is original
+    ]
+
+
+def _keep_hook(original: nn.Module | Tensor, module: ExtendedRotary) -> None:
+    """Give the new module the hook with which accelerate moves inputs to the old one's device."""
+    hook = getattr(original, "_hf_hook", None)
+    if hook is not None:
+        from accelerate.hooks import add_hook_to_module
+
+        add_hook_to_module(module, hook)
+
+
+def _set_attributes(config: Config, attributes: Mapping[str, Any]) -> ConfigBefore:
+    before = {name: getattr(config, name) for name in attributes if hasattr(config, name)}
+    for name, value in attributes.items():
+        setattr(config, name, value)
+    return ConfigBefore(config, before, tuple(name for name in attributes if name not in before))
+
+
+def _restore_attributes(before: ConfigBefore) -> tuple[Config, dict[str, Any]]:
+    """Restore a config.
+
+    Returns:
+        The config and the attributes it had until now.
+    """
+    config = before.config
+    after = {name: getattr(config, name) for name in (*before.values, *before.added)}
+    for name, value in before.values.items():
+        setattr(config, name, value)
+    for name in before.added:
+        delattr(config, name)
+    return config, after

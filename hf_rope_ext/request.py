@@ -1,0 +1,283 @@
+"""From the arguments of `patch_model` to everything it will change, all of it checked."""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from hf_rope_ext.checkpoint import ConfigChange, config_changes
+from hf_rope_ext.errors import (
+    AlreadyScaledError,
+    MethodParameterError,
+    RopeError,
+    UnsupportedModelError,
+)
+from hf_rope_ext.geometry import RopeGeometry
+from hf_rope_ext.methods import Dynamic, Method, knobs, make_method, split_name
+from hf_rope_ext.rotary import Rotation
+from hf_rope_ext.sites import RopeSite, read_sites, window
+from hf_rope_ext.temperature import SoftmaxChange, effective_logit_factor, softmax_changes
+
+TEMPERATURES = ("rotation", "logits")
+
+
+@dataclass(frozen=True)
+class Request:
+    """The arguments of `patch_model`, as they were given; see there."""
+
+    method: str | Method
+    factor: float | None = None
+    target_length: int | None = None
+    original_max_position_embeddings: int | None = None
+    layer_types: Sequence[str] | None = None
+    temperature: str = "rotation"
+    replace: bool = False
+    knobs: Mapping[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, method: str | Method, **arguments: Any) -> "Request":
+        """Return a request from arguments among which the method's knobs are mixed."""
+        own = {name for name in cls.__dataclass_fields__ if name not in ("method", "knobs")}
+        return cls(
+            method,
+            **{name: value for name, value in arguments.items() if name in own},
+            knobs={name: value for name, value in arguments.items() if name not in own},
+        )
+
+
+@dataclass(frozen=True, eq=False)
+class Resolved:
+    """What a request comes down to on one model."""
+
+    method: Method
+    sites: list[RopeSite]
+    rotations: list[Rotation]
+    temperature: str
+    softmax: list[SoftmaxChange]
+    configs: list[ConfigChange]
+
+
+def resolve(request: Request, model: nn.Module) -> Resolved:
+    """Check a request against a model, changing nothing.
+
+    Raises:
+        RopeError: If any part of it cannot be served.
+    """
+    if not isinstance(request.method, Method):
+        split_name(request.method)
+    if request.temperature not in TEMPERATURES:
+        raise MethodParameterError(
+            f"temperature must be one of {', '.join(map(repr, TEMPERATURES))}, got "
+            f"{request.temperature!r}."
+        )
+    _require_length("target_length", request.target_length, least=1)
+    _require_length(
+        "original_max_position_embeddings", request.original_max_position_embeddings, least=2
+    )
+    layer_types = _layer_types(request.layer_types)
+    sites = read_sites(
+        model,
+        layer_types=layer_types,
+        original_max_position_embeddings=request.original_max_position_embeddings,
+    )
+    for site in sites:
+        _require_ready(site, request)
+    method = _method(request, sites[0].geometry)
+    rotations = [_rotation(site, method, request.temperature) for site in sites]
+    return Resolved(
+        method=method,
+        sites=sites,
+        rotations=rotations,
+        temperature=request.temperature,
+        softmax=softmax_changes(model, sites, method, request.temperature),
+        configs=config_changes(
+            sites,
+            method,
+            target_length=request.target_length,
+            temperature=request.temperature,
+            settings={
+                "target_length": request.target_length,
+                "layer_types": None if layer_types is None else list(layer_types),
+            },
+        ),
+    )
+
+
+def advice(resolved: Resolved) -> list[str]:
+    """Return what the user should know about a patch that went in."""
+    notes = [
+        f"{site.path}: the frequencies were rebuilt from the config, because {site.rebuilt}."
+        for site in resolved.sites
+        if site.rebuilt
+    ]
+    for config in {id(site.config): site.config for site in resolved.sites}.values():
+        site = next(site for site in resolved.sites if site.config is config)
+        notes += [
+            note
+            for note in (
+                _temperature_advice(site, resolved),
+                _window_advice(site, resolved.method),
+                _dropped_key_advice(site),
+                _vendor_advice(site, resolved.method),
+            )
+            if note
+        ]
+    return notes
+
+
+def _method(request: Request, geometry: RopeGeometry) -> Method:
+    """Return the method with its factor, from whichever of the two lengths was given."""
+    trained = geometry.original_max_position_embeddings
+    target, factor = request.target_length, request.factor
+    if isinstance(request.method, Method):
+        if factor is not None or request.knobs:
+            given = "factor" if factor is not None else next(iter(request.knobs))
+            raise MethodParameterError(
+                f"{given} is set on the method object already ({request.method!r}); pass one or "
+                f"the other."
+            )
+        _require_agreement(request.method, geometry, target)
+        return request.method
+    values = dict(request.knobs)
+    if factor is not None:
+        values["factor"] = factor
+    elif target is not None and _stretches(request.method):
+        if target < trained:
+            raise MethodParameterError(
+                f"target_length={target} is less than the trained length {trained}; there is "
+                f"nothing to extend."
+            )
+        values["factor"] = target / trained
+    method = make_method(request.method, **values)
+    _require_agreement(method, geometry, target)
+    return method
+
+
+def _stretches(name: str) -> bool:
+    """Return whether a method's factor is target over trained length."""
+    classes = split_name(name)
+    return Dynamic not in classes and any("factor" in knobs(cls) for cls in classes)
+
+
+def _require_agreement(method: Method, geometry: RopeGeometry, target: int | None) -> None:
+    own = method.target_length(geometry)
+    if target is not None and own is not None and own != target:
+        raise MethodParameterError(
+            f"target_length={target} contradicts {method!r}, which is for {own} positions on a "
+            f"trained length of {geometry.original_max_position_embeddings}; give one of the two."
+        )
+
+
+def _rotation(site: RopeSite, method: Method, temperature: str) -> Rotation:
+    """Return how a site is computed; its plan is made once, so that bad lists are found."""
+    rotation = Rotation(
+        method=method,
+        geometry=site.geometry,
+        trained=site.inv_freq,
+        pair_order=site.pair_order,
+        scales_rotation=temperature == "rotation",
+    )
+    frequencies, scaling = rotation.within()
+    if not (torch.isfinite(frequencies).all() and math.isfinite(scaling)):
+        raise MethodParameterError(
+            f"{site.path}: {method!r} gives frequencies that are not finite on {site.geometry!r}."
+        )
+    if method.length_dependent:
+        _require_per_request(site, method, temperature)
+        rotation.at(torch.ones(1, 1, 1, dtype=torch.float64), frequencies, scaling)
+    return rotation
+
+
+def _require_per_request(site: RopeSite, method: Method, temperature: str) -> None:
+    """Refuse what a plan that follows the request cannot have on this model."""
+    reason = site.family.length_dependent
+    if reason is not None:
+        raise UnsupportedModelError(
+            f"{method.name} on model_type={site.config.model_type!r}: {reason}. Nothing was "
+            f"changed."
+        )
+    if temperature == "logits":
+        raise MethodParameterError(
+            f"{method.name} with temperature='logits': the softmax scale of a module cannot follow "
+            f"each request; use temperature='rotation'."
+        )
+    if site.family.softmax_mscale and getattr(method, "mscale_all_dim", None) is not None:
+        raise MethodParameterError(
+            f"{method.name} with mscale_all_dim on model_type={site.config.model_type!r}: its "
+            f"softmax scale cannot follow each request; use attention_factor."
+        )
+
+
+def _require_ready(site: RopeSite, request: Request) -> None:
+    """Refuse a site that is scaled already, or of unknown trained length."""
+    rope_type = site.found["rope_type"]
+    if rope_type != "default" and not request.replace:
+        unused = " (set after loading, so it has no effect)" if site.found.get("edited") else ""
+        raise AlreadyScaledError(
+            f"{site.path}: the model's own config already scales its RoPE{unused}: "
+            f"{dict(site.found)!r}. Nothing was changed; pass replace=True to start from the "
+            f"unscaled rope_theta."
+        )
+    if site.geometry.original_max_position_embeddings < 2:
+        raise MethodParameterError(
+            f"{site.path}: the config does not say what length was trained "
+            f"({dict(site.found)!r}); pass original_max_position_embeddings."
+        )
+
+
+def _require_length(name: str, value: object, *, least: int) -> None:
+    if value is not None and (
+        isinstance(value, bool) or not isinstance(value, int) or value < least
+    ):
+        raise MethodParameterError(
+            f"{name} must be an integer of at least {least}, in positions, got {value!r}."
+        )
+
+
+def _layer_types(value: Sequence[str] | None) -> tuple[str, ...] | None:
+    if value is None:
+        return None
+    if isinstance(value, str) or not all(isinstance(label, str) for label in value) or not value:
+        raise RopeError(f"layer_types must be a list of layer types, got {value!r}.")
+    return tuple(value)
+
+
+def _temperature_advice(site: RopeSite, resolved: Resolved) -> str | None:
+    target = resolved.method.target_length(site.geometry)
+    longest = resolved.method.frozen(site.geometry, target) if target else resolved.method
+    scaling = float(longest.plan(site.geometry).attention_scaling)
+    intended, effective = scaling**2, effective_logit_factor(site, scaling)
+    if resolved.temperature == "logits" or math.isclose(intended, effective):
+        return None
+    return (
+        f"{site.path}: {resolved.method.name} means to multiply attention logits by "
+        f"{intended:.3f}, but in model_type={site.config.model_type!r} cos and sin only reach "
+        f"{effective:.3f} of it. Stock transformers has the same; temperature='logits' has not."
+    )
+
+
+def _window_advice(site: RopeSite, method: Method) -> str | None:
+    bound = window(site.config)
+    target = method.target_length(site.geometry)
+    if site.label is not None or bound is None or target is None or target <= bound:
+        return None
+    return (
+        f"{site.path}: the model has layers with a sliding window of {bound} positions; they "
+        f"cannot see past it, whatever their frequencies."
+    )
+
+
+def _dropped_key_advice(site: RopeSite) -> str | None:
+    if "attn_factor" not in site.found:
+        return None
+    return (
+        f"{site.path}: the config's attn_factor={site.found['attn_factor']!r} is dropped; "
+        f"transformers never read it. Pass attention_factor to set the temperature."
+    )
+
+
+def _vendor_advice(site: RopeSite, method: Method) -> str | None:
+    return site.family.advice(method, site.geometry) if site.family.advice else None

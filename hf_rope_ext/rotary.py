@@ -1,0 +1,254 @@
+"""The module that stands in for a family's rotary embedding.
+
+It owns the frequencies and leaves everything else (halves or interleaved pairs, half width,
+complex numbers, M-RoPE sections, the output's dtype) to the family's own ``forward``, which it
+calls on a stand-in for the original module whose ``inv_freq`` and ``attention_scaling`` are the
+plan's. The original is not touched, so undoing a patch means putting it back.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hf_rope_ext.geometry import RopeGeometry, Scale
+from hf_rope_ext.lengths import row_lengths
+from hf_rope_ext.methods import Method
+
+UNCHANGED = 1e-12
+"""Relative difference of two float64 frequencies that are the same."""
+
+
+@dataclass(frozen=True, eq=False)
+class Rotation:
+    """How one set of frequencies is computed.
+
+    Args:
+        method: What extends them.
+        geometry: What was trained.
+        trained: The frequencies the stock model computes with, float32, on the CPU, in the order
+            the family stores them.
+        pair_order: That order, None for the natural one.
+        scales_rotation: Whether the temperature goes into cos and sin.
+    """
+
+    method: Method
+    geometry: RopeGeometry
+    trained: Tensor
+    pair_order: list[int] | None = None
+    scales_rotation: bool = True
+
+    def within(self) -> tuple[Tensor, float]:
+        """Return the static plan, or a length-dependent one's up to the trained length.
+
+        Returns:
+            Frequencies, float32, ``(pairs,)``, and what cos and sin are multiplied by. A pair that
+            the method leaves alone keeps the bits of the stock buffer: float64 rounded to float32
+            can differ from it in the last one.
+        """
+        plan = self.method.plan(self.geometry)
+        same = torch.isclose(plan.inv_freq, self.geometry.inv_freq(), rtol=UNCHANGED, atol=0.0)
+        frequencies = torch.where(
+            self.ordered(same), self.trained, self.ordered(plan.inv_freq).float()
+        )
+        return frequencies, float(plan.attention_scaling) if self.scales_rotation else 1.0
+
+    def at(self, lengths: Tensor, inv_freq: Tensor, scaling: float) -> tuple[Tensor, Scale]:
+        """Return the plan of a request.
+
+        Args:
+            lengths: Length of each row, ``(batch, 1, 1)``.
+            inv_freq: What `within` returned.
+            scaling: What `within` returned.
+
+        Returns:
+            Frequencies, float32, ``(batch, 1, pairs)``, and a number or ``(batch, 1, 1)``.
+        """
+        plan = self.method.plan_at(replace(self.geometry, device=lengths.device), lengths)
+        beyond = lengths > self.geometry.original_max_position_embeddings
+        within = inv_freq.to(lengths.device)
+        frequencies = torch.where(beyond, self.ordered(plan.inv_freq).float(), within)
+        if not isinstance(plan.attention_scaling, Tensor):
+            return frequencies, scaling
+        return frequencies, torch.where(beyond, plan.attention_scaling, scaling).float()
+
+    def ordered(self, per_pair: Tensor) -> Tensor:
+        """Return values per pair in the order the family stores them."""
+        return per_pair if self.pair_order is None else per_pair[..., self.pair_order]
+
+
+class ExtendedRotary(nn.Module):
+    """A family's rotary embedding with other frequencies.
+
+    Frequencies stay float32 whatever the model is cast to, and are made afresh wherever the model
+    is moved, so a cast or an empty copy of the model cannot spoil them.
+
+    Args:
+        original: The rotary module whose layout is used.
+        rotations: The sets of frequencies to compute with, by layer type (None where the family
+            does not distinguish); other layer types go to ``original``.
+        patch: What the patch changed beside this module, for undoing it.
+        reads_config: Whether ``original`` computes its frequencies from the config every time.
+    """
+
+    original: Any
+    attention_scaling: float
+
+    def __init__(
+        self,
+        original: nn.Module | Tensor,
+        rotations: Mapping[str | None, Rotation],
+        patch: object,
+        *,
+        reads_config: bool = False,
+    ) -> None:
+        super().__init__()
+        self.rotations = dict(rotations)
+        self.patch = patch
+        self.reads_config = reads_config
+        device = _device(original)
+        persistent: dict[str, Any] = {}
+        if isinstance(original, nn.Module):
+            persistent = original.state_dict(keep_vars=True)
+            for name, tensor in persistent.items():
+                setattr(
+                    self, name, tensor if isinstance(tensor, nn.Parameter) else nn.Buffer(tensor)
+                )
+        for label in self.rotations:
+            frequencies, scaling = self.rotations[label].within()
+            name = _key(label, "inv_freq")
+            self.register_buffer(name, frequencies.to(device), persistent=name in persistent)
+            setattr(self, _key(label, "attention_scaling"), scaling)
+        # not registered as a submodule: nothing that walks the model should see it
+        self.__dict__["original"] = original
+
+    def forward(
+        self, x: Tensor, position_ids: Tensor | None = None, layer_type: str | None = None
+    ) -> Any:
+        """Return what the family's rotary embedding returns, computed with the plan.
+
+        Args:
+            x: Gives the dtype and device of the result.
+            position_ids: ``(batch, seq)``, or ``(axes, batch, seq)`` for M-RoPE.
+            layer_type: Key of the layer type, in families that distinguish.
+        """
+        original = self.__dict__["original"]
+        label = layer_type if layer_type in self.rotations else None
+        arguments = (x, position_ids) if layer_type is None else (x, position_ids, layer_type)
+        if label not in self.rotations:
+            return original(*arguments)
+        frequencies, scaling = self.plan(label, position_ids)
+        stand_in = _StandIn(original, self, label, frequencies, scaling)
+        return type(original).forward(stand_in, *arguments)
+
+    def plan(self, label: str | None, position_ids: Tensor | None) -> tuple[Tensor, Scale]:
+        """Return frequencies and scaling for these positions.
+
+        Returns:
+            ``(pairs,)`` and a number; for a length-dependent method ``(batch, 1, pairs)`` and a
+            number or ``(batch, 1, 1)``.
+        """
+        frequencies = getattr(self, _key(label, "inv_freq"))
+        scaling: float = getattr(self, _key(label, "attention_scaling"))
+        rotation = self.rotations[label]
+        if not rotation.method.length_dependent or position_ids is None:
+            return frequencies, scaling
+        return rotation.at(row_lengths(position_ids), frequencies, scaling)
+
+    @contextmanager
+    def poisoned(self) -> Iterator[None]:
+        """Make the frequencies NaN for the duration of a ``with`` block."""
+        names = [_key(label, "inv_freq") for label in self.rotations]
+        sound = {name: getattr(self, name) for name in names}
+        try:
+            for name in names:
+                setattr(self, name, torch.full_like(sound[name], torch.nan))
+            yield
+        finally:
+            for name in names:
+                setattr(self, name, sound[name])
+
+    def restored(self) -> nn.Module | Tensor:
+        """Return the original, with what was loaded, moved or trained meanwhile."""
+        original = self.__dict__["original"]
+        if isinstance(original, nn.Module):
+            for name in original.state_dict():
+                if not name.endswith("inv_freq"):
+                    setattr(original, name, getattr(self, name))
+        return original  # type: ignore[no-any-return]
+
+    def __getattr__(self, name: str) -> Any:
+        """Look the rest up in the original: some models read attributes of their rotary module."""
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            # private names are hooks and bookkeeping of the module itself
+            if name.startswith("_") or "original" not in self.__dict__:
+                raise
+            return getattr(self.__dict__["original"], name)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "ExtendedRotary":
+        before = {label: getattr(self, _key(label, "inv_freq")) for label in self.rotations}
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        for label, buffer in before.items():
+            name = _key(label, "inv_freq")
+            moved = getattr(self, name)
+            if moved is not buffer:
+                # whatever fn made of the values (a cast, garbage): only the device is its to say
+                setattr(self, name, self.rotations[label].within()[0].to(moved.device))
+        device = _device(self)
+        original = self.__dict__["original"]
+        if device.type == "meta":
+            return self
+        if isinstance(original, nn.Module):
+            for name, tensor in original._buffers.items():
+                original._buffers[name] = None if tensor is None else tensor.to(device)
+        else:
+            self.__dict__["original"] = original.to(device)
+        return self
+
+    def extra_repr(self) -> str:
+        """Name the method and the module it stands in for."""
+        methods = {repr(rotation.method) for rotation in self.rotations.values()}
+        return f"{', '.join(methods)}, in place of {type(self.__dict__['original']).__name__}"
+
+
+class _StandIn:
+    """What a rotary module's forward takes for ``self``: the plan in front, the original behind."""
+
+    def __init__(
+        self,
+        original: nn.Module,
+        extended: ExtendedRotary,
+        label: str | None,
+        frequencies: Tensor,
+        scaling: Scale,
+    ) -> None:
+        self.__dict__["original"] = original
+        self.__dict__["extended"] = extended
+        setattr(self, _key(label, "inv_freq"), frequencies)
+        setattr(self, _key(label, "attention_scaling"), scaling)
+        # of the types, only this one leaves what it is given alone
+        self.rope_type = "default" if label is None else {label: "default"}
+        if extended.reads_config:
+            self.config = SimpleNamespace(rope_parameters={"rope_type": "default"})
+            self.rope_init_fn = lambda config: (frequencies, scaling)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.__dict__["extended"], name)
+
+
+def _key(label: str | None, name: str) -> str:
+    """Return the attribute in which families keep ``name`` for a layer type."""
+    return name if label is None else f"{label}_{name}"
+
+
+def _device(holder: nn.Module | Tensor) -> torch.device:
+    if isinstance(holder, Tensor):
+        return holder.device
+    tensors = [*holder.buffers(recurse=False), *holder.parameters(recurse=False)]
+    return tensors[0].device

@@ -1,0 +1,35 @@
+"""What differs between model families, as data; see README.md beside this file to add one."""
+
+from hf_rope_ext.families import Family
+
+from . import (
+    deepseek,
+    ernie,
+    gpt_j,
+    granite,
+    llama,
+    mistral,
+    muse,
+    phi,
+    qwen,
+    several_towers,
+    speech,
+    tencent,
+    unscaled,
+)
+
+FAMILIES: tuple[Family, ...] = (
+    *deepseek.FAMILIES,
+    *ernie.FAMILIES,
+    *gpt_j.FAMILIES,
+    *granite.FAMILIES,
+    *llama.FAMILIES,
+    *mistral.FAMILIES,
+    *muse.FAMILIES,
+    *phi.FAMILIES,
+    *qwen.FAMILIES,
+    *several_towers.FAMILIES,
+    *speech.FAMILIES,
+    *tencent.FAMILIES,
+    *unscaled.FAMILIES,
+)

@@ -1,0 +1,32 @@
+"""Families with DeepSeek's multi-head latent attention."""
+
+from hf_rope_ext.families import Family
+
+FAMILIES = (
+    Family(
+        model_types=(
+            "axk1",
+            "axk2",
+            "bailing_hybrid",
+            "deepseek_v2",
+            "deepseek_v3",
+            "deepseek_v32",
+            "glm4_moe_lite",
+            "glm_moe_dsa",
+            "hy_v4",
+            "longcat_flash",
+            "minicpm3",
+            "youtu",
+        ),
+        softmax_mscale=True,
+    ),
+    Family(
+        model_types=("deepseek_v4",),
+        # the layers that use it attend within a sliding window
+        windowed=("main",),
+        length_dependent=(
+            "queries and the keys they meet are rotated in separate calls, which see different "
+            "positions of one request"
+        ),
+    ),
+)

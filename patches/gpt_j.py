@@ -1,0 +1,8 @@
+"""Families that look sines and cosines up in a table of their own."""
+
+from hf_rope_ext.families import Family
+
+FAMILIES = (
+    Family(model_types=("codegen", "gptj"), table="embed_positions", base=10000.0),
+    Family(model_types=("roformer",), table="embed_positions", base=10000.0, sized_by_length=True),
+)

@@ -1,0 +1,8 @@
+"""Granite and Molmo, whose layers do not all share one rotary embedding."""
+
+from hf_rope_ext.families import Family
+
+FAMILIES = (
+    Family(model_types=("granite_swa", "granitemoe_swa"), fixed_theta=True),
+    Family(model_types=("molmo2_text",), unscaled=("rotary_emb_unscaled",), fixed_theta=True),
+)

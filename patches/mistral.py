@@ -1,0 +1,21 @@
+"""Mistral's recent models, which read their scaling again in every forward."""
+
+from hf_rope_ext.families import Family
+
+FAMILIES = (
+    Family(
+        model_types=("ministral3",),
+        keeps=("original_max_position_embeddings",),
+    ),
+    Family(
+        model_types=("mistral4",),
+        softmax_mscale=True,
+        # its default type rotates more pairs than the trained model
+        stock_types=("dynamic", "linear", "llama3", "longrope", "yarn"),
+        keeps=("original_max_position_embeddings",),
+    ),
+    Family(
+        model_types=("mistral_large4_text",),
+        softmax_mscale=True,
+    ),
+)

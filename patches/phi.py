@@ -1,0 +1,8 @@
+"""Phi: only LongRoPE in the config, and PhiMoE, which computes its frequencies in every forward."""
+
+from hf_rope_ext.families import Family
+
+FAMILIES = (
+    Family(model_types=("phi3", "phi4_multimodal"), stock_types=("default", "longrope")),
+    Family(model_types=("phimoe",), reads_config=True, stock_types=("default", "longrope")),
+)

@@ -1,0 +1,52 @@
+"""Qwen: what the model cards say about extending them."""
+
+from hf_rope_ext.families import Family
+from hf_rope_ext.geometry import RopeGeometry
+from hf_rope_ext.methods import Method
+
+QWEN3_MAX_POSITION_EMBEDDINGS = 40960
+
+
+def native_length(method: Method, geometry: RopeGeometry) -> str | None:
+    """Qwen3's config counts room for an answer into its length."""
+    trained = geometry.original_max_position_embeddings
+    if _stretch(method, geometry) == 1.0 or trained != QWEN3_MAX_POSITION_EMBEDDINGS:
+        return None
+    return (
+        f"the trained length is taken to be {trained}, the config's max_position_embeddings; "
+        f"Qwen3's model card gives 32768. Pass original_max_position_embeddings=32768 to scale "
+        f"from that."
+    )
+
+
+def localisation(method: Method, geometry: RopeGeometry) -> str | None:
+    """Qwen2.5-VL's card advises against YaRN."""
+    if _stretch(method, geometry) == 1.0:
+        return None
+    return (
+        "Qwen2.5-VL's model card advises against YaRN, which harms temporal and spatial "
+        "localisation; for long videos it raises the length alone, since positions grow slower "
+        "than tokens: patch_model(model, 'none', target_length=65536)."
+    )
+
+
+def slow_positions(method: Method, geometry: RopeGeometry) -> str | None:
+    """Qwen3-VL's card advises a smaller factor than the ratio of lengths."""
+    if _stretch(method, geometry) < 4.0:
+        return None
+    return (
+        "Qwen3-VL's model card uses a factor of 2 or 3 where token counts suggest 4, since its "
+        "M-RoPE positions grow slower than tokens."
+    )
+
+
+def _stretch(method: Method, geometry: RopeGeometry) -> float:
+    trained = geometry.original_max_position_embeddings
+    return (method.target_length(geometry) or trained) / trained
+
+
+FAMILIES = (
+    Family(model_types=("qwen3", "qwen3_moe"), advice=native_length),
+    Family(model_types=("qwen2_5_vl_text",), advice=localisation),
+    Family(model_types=("qwen3_vl_moe_text", "qwen3_vl_text"), advice=slow_positions),
+)

@@ -1,0 +1,24 @@
+"""Composite models whose text runs through more than one tower."""
+
+from hf_rope_ext.families import Family
+
+KEYS_OF_ANOTHER_TOWER = (
+    "one tower's queries meet keys that another tower rotated, in a call that saw other positions "
+    "of the request"
+)
+
+FAMILIES = (
+    Family(
+        model_types=("blt",),
+        text_configs=("encoder_config", "global_config", "decoder_config", "patcher_config"),
+    ),
+    Family(model_types=("dia",), text_configs=("encoder_config", "decoder_config")),
+    Family(model_types=("t5gemma",), text_configs=("encoder", "decoder")),
+    Family(model_types=("t5gemma2",), text_configs=("encoder.text_config", "decoder")),
+    Family(
+        model_types=("pi0",),
+        text_configs=("vlm_config.text_config", "dit_config"),
+        length_dependent=KEYS_OF_ANOTHER_TOWER,
+    ),
+    Family(model_types=("diffusion_gemma",), length_dependent=KEYS_OF_ANOTHER_TOWER),
+)

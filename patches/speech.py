@@ -1,0 +1,26 @@
+"""Models of speech: several tokens at each position, or sound for input."""
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from hf_rope_ext.families import Family
+
+
+def codebooks(model: nn.Module) -> dict[str, Any]:
+    """Return two positions of one token from each codebook, and one of text."""
+    config: Any = model.config
+    device = next(model.parameters()).device
+    tokens = torch.ones(1, 2, config.num_codebooks + 1, dtype=torch.int64, device=device)
+    return {"input_ids": tokens, "use_cache": False}
+
+
+FAMILIES = (
+    Family(model_types=("moonshine_streaming",), sized_by_length=True),
+    Family(model_types=("kyutai_speech_to_text",), probe=codebooks),
+    Family(
+        model_types=("clvp", "clvp_encoder"),
+        refused="its rotary embedding is given no positions, only the shape of its input",
+    ),
+)

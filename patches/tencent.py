@@ -1,0 +1,10 @@
+"""Hunyuan, which normalises queries and keys after rotating them."""
+
+from hf_rope_ext.families import Family
+
+FAMILIES = (
+    Family(
+        model_types=("hunyuan_v1_dense", "hunyuan_v1_moe", "hunyuan_vl", "hunyuan_vl_text"),
+        norm_after_rope=True,
+    ),
+)

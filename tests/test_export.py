@@ -1,0 +1,216 @@
+"""What other engines are told, computed the way their own sources do."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+import zoo
+from conftest import TRAINED, logits, relative, tiny_llama
+from transformers import AutoConfig, LlamaForCausalLM
+
+from hf_rope_ext import ExportError, available_methods, export, patch_model
+from hf_rope_ext.geometry import RopeGeometry
+from hf_rope_ext.methods import make_method
+
+GEOMETRY = RopeGeometry(16, 10000.0, TRAINED, 16)
+
+
+def exported(name, to, **values):
+    return export(patch_model(tiny_llama(), name, **values), to=to)
+
+
+def flag(result, name):
+    return result.flags[result.flags.index(name) + 1]
+
+
+def test_transformers_gets_the_config_that_save_pretrained_writes(llama, ids):
+    patch_model(llama, "yarn", factor=4)
+
+    changes = export(llama).config
+    config = tiny_llama().config
+    for name, value in changes.items():
+        setattr(config, name, value)
+    torch.manual_seed(0)
+    stock = LlamaForCausalLM(config).eval()
+
+    assert changes["rope_parameters"] == llama.config.rope_parameters
+    assert relative(logits(stock, ids), logits(llama, ids)) < 1e-5
+
+
+def test_a_config_is_enough_to_export_from():
+    result = export(tiny_llama().config, "vllm", method="linear", factor=4)
+
+    assert result.config["rope_parameters"]["factor"] == 4.0
+    assert flag(result, "--max-model-len") == "256"
+
+
+def test_changes_of_a_vision_language_model_stand_in_its_text_config():
+    model = zoo.build("qwen2_5_vl")
+
+    with pytest.warns(UserWarning, match="advises against YaRN"):
+        patch_model(model, "yarn", factor=4)
+    changes = export(model).config
+
+    assert list(changes) == ["text_config"]
+    parameters = changes["text_config"]["rope_parameters"]
+    assert parameters["rope_type"] == "yarn"
+    assert parameters["mrope_section"] == model.config.text_config.rope_parameters["mrope_section"]
+
+
+def vllm_cos_scale(parameters):
+    """What vLLM multiplies cos and sin by, as its YaRN and LongRoPE modules do."""
+    if parameters["rope_type"] == "longrope":
+        return parameters["long_mscale"]
+    return (0.1 * math.log(parameters["factor"]) + 1) * parameters.get("attn_factor", 1)
+
+
+@pytest.mark.parametrize("to", ["vllm", "sglang"])
+@pytest.mark.parametrize(
+    ("name", "values"),
+    [
+        ("yarn", {"factor": 4}),
+        ("yarn", {"factor": 4, "attention_factor": 1.0}),
+        ("yarn", {"factor": 4, "temperature_coefficient": 0.07}),
+        ("ntk_by_parts", {"factor": 4}),
+        ("ntk_mixed", {"factor": 4}),
+        ("yarn+resonance", {"factor": 4}),
+    ],
+)
+def test_engines_get_the_temperature_under_the_key_they_read(to, name, values):
+    result = exported(name, to, **values)
+    overrides = json.loads(result.flags[1])
+
+    scale = vllm_cos_scale(overrides["rope_parameters"])
+
+    assert result.flags[0] in ("--hf-overrides", "--json-model-override-args")
+    plan = make_method(name, **values).plan(GEOMETRY)
+    assert scale == pytest.approx(plan.attention_scaling, rel=1e-12)
+    assert overrides["max_position_embeddings"] == 256
+
+
+@pytest.mark.parametrize("to", ["vllm", "sglang"])
+def test_transformers_dynamic_is_not_what_engines_call_so(to):
+    with pytest.raises(ExportError, match="one static base"):
+        exported("dynamic", to, factor=4)
+
+
+def test_yarn_on_an_m_rope_model_notes_the_range_that_vllm_takes():
+    model = zoo.build("qwen3_vl")
+    patch_model(model, "yarn", factor=2)
+
+    assert "4 times the trained length" in export(model, "vllm").notes[0]
+
+
+def test_what_an_engine_would_compute_without_the_sections_is_refused():
+    model = zoo.build("qwen3_vl")
+    patch_model(model, "linear", factor=2)
+
+    with pytest.raises(ExportError, match="applies mrope_section with"):
+        export(model, "vllm")
+
+
+def llama_cpp_frequencies(result):
+    """The frequencies llama.cpp computes from its flags."""
+    flags = dict(zip(result.flags[::2], result.flags[1::2], strict=True))
+    base = float(flags.get("--rope-freq-base", 10000))
+    trained = base ** (-np.arange(0, 16, 2) / 16)
+    scale = 1 / float(flags.get("--rope-scale", 1))
+    if flags.get("--rope-scaling") != "yarn":
+        return trained * scale, 1.0
+    original = int(flags["--yarn-orig-ctx"])
+    turns = float(flags.get("--yarn-beta-fast", 32)), float(flags.get("--yarn-beta-slow", 1))
+    low, high = (16 * math.log(original / (r * 2 * math.pi)) / (2 * math.log(base)) for r in turns)
+    low, high = max(0.0, math.floor(low)), min(15.0, math.ceil(high))
+    ramp = 1 - np.clip((np.arange(8) - low) / max(0.001, high - low), 0, 1)
+    factor = float(flags.get("--yarn-attn-factor", 1)) * (1 + 0.1 * math.log(1 / scale))
+    return trained * scale * (1 - ramp) + trained * ramp, factor
+
+
+@pytest.mark.parametrize(
+    ("name", "values"),
+    [
+        ("none", {}),
+        ("linear", {"factor": 4}),
+        ("ntk", {"factor": 4}),
+        ("base", {"rope_theta": 1e6}),
+        ("yarn", {"factor": 4}),
+        ("yarn", {"factor": 2.7, "beta_fast": 8, "beta_slow": 2}),
+        ("yarn", {"factor": 4, "attention_factor": 1.0}),
+        ("ntk_by_parts", {"factor": 4}),
+    ],
+)
+def test_llama_cpp_computes_the_plan_from_its_flags(name, values):
+    result = exported(name, "llama.cpp", **values)
+    plan = make_method(name, **values).plan(GEOMETRY)
+
+    frequencies, factor = llama_cpp_frequencies(result)
+
+    np.testing.assert_allclose(frequencies, plan.inv_freq.numpy(), rtol=1e-12)
+    assert factor == pytest.approx(plan.attention_scaling, rel=1e-12)
+    assert int(flag(result, "--ctx-size")) == (
+        make_method(name, **values).target_length(GEOMETRY) or TRAINED
+    )
+
+
+@pytest.mark.parametrize(
+    "name", ["llama3", "ntk_mixed", "yarn+cope", "dynamic", "dynamic_yarn", "longrope"]
+)
+def test_llama_cpp_refuses_what_it_has_no_flags_for(name):
+    values = {"factor": 4} | ({"long_factor": [4.0] * 8} if name == "longrope" else {})
+    with pytest.raises(ExportError, match=r"llama\.cpp has no flags for"):
+        exported(name, "llama.cpp", **values)
+
+
+@pytest.mark.parametrize("to", ["transformers", "vllm", "sglang"])
+@pytest.mark.parametrize("name", ["dynamic_linear", "dynamic_ntk", "dynamic_yarn"])
+def test_a_plan_per_request_is_refused_or_frozen_when_asked(name, to, llama, ids):
+    patch_model(llama, name, factor=4)
+    with pytest.raises(ExportError, match="frozen=LENGTH"):
+        export(llama, to)
+
+    changes = export(llama, to, frozen=ids.shape[1]).config
+
+    parameters = changes["rope_parameters"]
+    parameters = {key: value for key, value in parameters.items() if not key.startswith("attn_")}
+    stock = tiny_llama(parameters)
+    assert relative(logits(stock, ids), logits(llama, ids)) < 1e-4
+
+
+def test_every_static_method_has_a_form_for_transformers_and_vllm():
+    for name in available_methods():
+        if name.startswith("dynamic"):
+            continue
+        values = {
+            "none": {},
+            "base": {"rope_theta": 1e5},
+            "cope": {},
+            "resonance": {},
+            "giraffe": {"power": 0.5},
+            "proportional": {"partial_rotary_factor": 0.5, "factor": 2},
+            "longrope": {"factor": 4, "long_factor": [4.0] * 8},
+        }.get(name, {"factor": 4})
+        for to in ("transformers", "vllm"):
+            assert exported(name, to, **values).config["rope_parameters"]
+
+
+def test_an_unknown_target_lists_the_known_ones(llama):
+    with pytest.raises(ExportError, match="unknown target 'ollama'; known: transformers, vllm"):
+        export(llama, "ollama")
+
+
+def test_the_command_line_is_quoted_for_a_shell(llama):
+    patch_model(llama, "yarn", factor=4)
+
+    assert export(llama, "vllm").command_line.startswith("--hf-overrides '{\"max_position")
+
+
+def test_a_saved_and_reloaded_config_of_the_export_is_the_config(tmp_path, llama):
+    patch_model(llama, "ntk_mixed", factor=4)
+    llama.config.save_pretrained(tmp_path)
+
+    assert (
+        AutoConfig.from_pretrained(tmp_path).rope_parameters
+        == export(llama).config["rope_parameters"]
+    )
