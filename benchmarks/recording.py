@@ -24,10 +24,10 @@ def record(name: str, results: Any, **settings: Any) -> Path:
     Returns:
         The file.
     """
-    script = Path(sys.argv[0]).name
+    script, *words = (Path(word).name if "/" in word else word for word in sys.argv)
     entry = {
         "benchmark": name,
-        "command": " ".join(["python", f"benchmarks/{script}", *sys.argv[1:]]),
+        "command": " ".join(["python", f"benchmarks/{script}", *words]),
         "commit": _git("rev-parse", "HEAD") + ("-dirty" if _git("status", "--porcelain") else ""),
         "versions": {
             package: version(package) for package in ("hf-rope-ext", "torch", "transformers")
