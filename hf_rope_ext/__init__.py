@@ -1,5 +1,6 @@
 """Extend the context of RoPE models: exact, reversible, and saved so that stock tools load it."""
 
+from hf_rope_ext.caching import planned
 from hf_rope_ext.describe import describe
 from hf_rope_ext.errors import (
     AlreadyScaledError,
@@ -13,6 +14,7 @@ from hf_rope_ext.errors import (
     UnsupportedModelError,
 )
 from hf_rope_ext.export import Export, export
+from hf_rope_ext.lengths import RequestPlan, request_plan
 from hf_rope_ext.loading import load_pretrained, save_pretrained
 from hf_rope_ext.measuring import RequestLength, request_length
 from hf_rope_ext.methods import available_methods
@@ -28,6 +30,7 @@ __all__ = [
     "NotPatchedError",
     "ProbeError",
     "RequestLength",
+    "RequestPlan",
     "RopeError",
     "RopeWarning",
     "UnknownMethodError",
@@ -38,7 +41,9 @@ __all__ = [
     "load_pretrained",
     "patch_model",
     "patched",
+    "planned",
     "request_length",
+    "request_plan",
     "save_pretrained",
     "unpatch_model",
 ]

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from hf_rope_ext.errors import RopeError
+from hf_rope_ext.lengths import request_plan
 from hf_rope_ext.methods import method_record
 from hf_rope_ext.patching import Patch, patch_of
 from hf_rope_ext.request import advice
@@ -124,11 +126,16 @@ class Description:
         return text.getvalue().rstrip()
 
 
-def describe(model: nn.Module) -> Description:
+def describe(model: nn.Module, request: Any = None) -> Description:
     """Return what rotates in the text model, patched or not.
 
+    Args:
+        model: The model.
+        request: A cache, or an output that holds one, of a model with a length-dependent method:
+            the longest row of its plan is described. When not given, the method's target length.
+
     Raises:
-        RopeError: If the model has no rotary embedding.
+        RopeError: If the model has no rotary embedding, or the request no plan.
     """
     patch = patch_of(model)
     if patch is None:
@@ -137,7 +144,8 @@ def describe(model: nn.Module) -> Description:
         notes = [f"{site.path}: {site.rebuilt}" for site in sites if site.rebuilt]
     else:
         sites = patch.resolved.sites
-        entries = [_patched(site, model, patch) for site in sites]
+        length = None if request is None else _planned_length(request)
+        entries = [_patched(site, model, patch, length) for site in sites]
         notes = advice(patch.resolved)
     config = sites[0].config
     method = None if patch is None else method_record(patch.resolved.method)
@@ -152,8 +160,17 @@ def describe(model: nn.Module) -> Description:
     )
 
 
-def _patched(site: RopeSite, model: nn.Module, patch: Patch) -> SiteDescription:
-    """Describe a patched site by what it computes at the far end of the plan."""
+def _planned_length(request: Any) -> int:
+    plan = request_plan(request)
+    if plan is None:
+        raise RopeError(
+            f"{type(request).__name__} holds no cache that a length-dependent method has planned."
+        )
+    return math.ceil(plan.lengths.max())
+
+
+def _patched(site: RopeSite, model: nn.Module, patch: Patch, length: int | None) -> SiteDescription:
+    """Describe a patched site by what it computes at a length, else at the far end of the plan."""
     resolved = patch.resolved
     module = next(
         part
@@ -162,11 +179,12 @@ def _patched(site: RopeSite, model: nn.Module, patch: Patch) -> SiteDescription:
     )
     rotation = module.rotations[site.label]
     geometry, method = site.geometry, resolved.method
-    last = (method.target_length(geometry) or geometry.original_max_position_embeddings) - 1
+    target = method.target_length(geometry) or geometry.original_max_position_embeddings
+    length = length or target
     live, scaling = module.plan(
-        site.label, torch.tensor([[last]], device=next(module.buffers()).device)
+        site.label, torch.tensor([[length - 1]], device=next(module.buffers()).device)
     )
-    expected = method.frozen(geometry, last + 1).plan(geometry)
+    expected = method.frozen(geometry, length).plan(geometry)
     in_logits = resolved.temperature == "logits"
     intended = float(expected.attention_scaling)
     effective = intended**2 if in_logits else effective_logit_factor(site, float(scaling))

@@ -6,7 +6,7 @@ default function. What a family does differently is a `Family` in `hf_rope_ext.p
 """
 
 import importlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
@@ -223,6 +223,31 @@ def owned_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module, Config]]:
         owners[path] = module.config if isinstance(module, PreTrainedModel) else config
         if owners[path] is not None:
             yield path, module, owners[path]
+
+
+def innermost_models(model: nn.Module, rotaries: Iterable[str]) -> list[list[nn.Module]]:
+    """Return, for each innermost transformers model with rotary embeddings, it and those around.
+
+    Those around are for an inner model that does not run on tokens alone, such as a decoder.
+
+    Args:
+        model: The model the paths start from.
+        rotaries: Paths of rotary embeddings.
+    """
+    from transformers import PreTrainedModel
+
+    around = {
+        path: part for path, part, _ in owned_modules(model) if isinstance(part, PreTrainedModel)
+    }
+    found: dict[int, list[nn.Module]] = {}
+    for path in rotaries:
+        holders = [
+            part
+            for outer, part in around.items()
+            if f"{path}.".startswith(f"{outer}.") or not outer
+        ]
+        found[id(holders[-1])] = holders[::-1]
+    return list(found.values())
 
 
 def _all_rotaries(model: nn.Module) -> Iterator[Rotary]:

@@ -206,6 +206,7 @@ def _apply(model: nn.Module, record: dict[str, Any]) -> nn.Module:
         layer_types=record["layer_types"],
         temperature=record["temperature"],
         replace=True,
+        **record.get("lengths", {}),
     )
 
 

@@ -12,6 +12,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from hf_rope_ext import caching
 from hf_rope_ext.errors import (
     AlreadyScaledError,
     NotPatchedError,
@@ -19,6 +20,7 @@ from hf_rope_ext.errors import (
     UnsupportedModelError,
 )
 from hf_rope_ext.families import Config
+from hf_rope_ext.lengths import RequestPlan
 from hf_rope_ext.methods import Method
 from hf_rope_ext.probe import probe_attention, probe_rotary
 from hf_rope_ext.request import Request, Resolved, advice, resolve
@@ -54,6 +56,10 @@ def patch_model(
     temperature: str = "rotation",
     replace: bool = False,
     probe: bool = True,
+    on_growth: str | None = None,
+    buckets: float | None = None,
+    compat: str | None = None,
+    on_plan: Callable[[RequestPlan], None] | None = None,
     **method_knobs: Any,
 ) -> nn.Module:
     """Extend the context of a model in memory, in place.
@@ -77,6 +83,15 @@ def patch_model(
             then starts from the unscaled geometry; factors never compound.
         probe: Whether to check afterwards that the rotary embedding computes the plan and that the
             attention uses it.
+        on_growth: For length-dependent methods: what happens when a loop written by hand outgrows
+            the plan of its cache (``generate`` and `planned` know the length beforehand).
+            ``"rerotate"``, the default, turns the cached keys to the longer plan's angles;
+            ``"error"`` raises before the call; ``"freeze"`` goes on with the plan there is.
+        buckets: For length-dependent methods: planned lengths beyond the trained one are rounded
+            up to the trained length times a power of this number, above 1.
+        compat: For length-dependent methods: ``"transformers"`` follows stock transformers (one
+            length for the batch, chosen anew at every call, cached keys left as they were).
+        on_plan: For length-dependent methods: called with the `RequestPlan` of every request.
         **method_knobs: The method's other knobs.
 
     Returns:
@@ -100,6 +115,10 @@ def patch_model(
         layer_types=layer_types,
         temperature=temperature,
         replace=replace,
+        on_growth=on_growth,
+        buckets=buckets,
+        compat=compat,
+        on_plan=on_plan,
     )
     with _unchanged_on_error(model, previous):
         resolved = resolve(request, model)
@@ -183,13 +202,19 @@ def _install(model: nn.Module, resolved: Resolved) -> dict[str, ExtendedRotary]:
         }
         build = ExtendedTable if rotary.family.table else ExtendedRotary
         extended[rotary.path] = module = build(
-            rotary.original, rotations, patch, reads_config=rotary.family.reads_config
+            rotary.original,
+            rotations,
+            patch,
+            path=rotary.path,
+            reads_config=rotary.family.reads_config,
         )
         for parent, name in _places(model, rotary.original):
             setattr(parent, name, module)
         _keep_hook(rotary.original, module)
     for softmax in resolved.softmax:
         softmax.apply()
+    if resolved.method.length_dependent and resolved.rotations[0].policy.compat is None:
+        caching.install(model, extended)
     for change in resolved.configs:
         patch.configs_before.append(_set_attributes(change.config, change.attributes))
     return extended
@@ -202,6 +227,7 @@ def _uninstall(model: nn.Module, patch: Patch) -> Callable[[], None]:
         A function that undoes this.
     """
     removed = []
+    plans = caching.is_installed(model)
     for module in [part for part in model.modules() if isinstance(part, ExtendedRotary)]:
         original = module.restored()
         for parent, name in _places(model, module):
@@ -211,6 +237,7 @@ def _uninstall(model: nn.Module, patch: Patch) -> Callable[[], None]:
                 parent.register_buffer(name, original, persistent=False)
             else:
                 setattr(parent, name, original)
+    caching.remove(model)
     for softmax in patch.resolved.softmax:
         softmax.revert()
     after = [_restore_attributes(before) for before in patch.configs_before]
@@ -218,6 +245,8 @@ def _uninstall(model: nn.Module, patch: Patch) -> Callable[[], None]:
     def reinstall() -> None:
         for parent, name, module in removed:
             setattr(parent, name, module)
+        if plans:
+            caching.install(model, {module.path: module for _, _, module in removed})
         for softmax in patch.resolved.softmax:
             softmax.apply()
         patch.configs_before = [_set_attributes(config, values) for config, values in after]

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from hf_rope_ext.errors import ProbeError
-from hf_rope_ext.families import family_of, owned_modules
+from hf_rope_ext.families import family_of, innermost_models
+from hf_rope_ext.lengths import RUNNING
 from hf_rope_ext.rotary import ExtendedRotary, Rotation
 from hf_rope_ext.table import ExtendedTable
 
@@ -47,11 +48,11 @@ def probe_attention(model: nn.Module, rotaries: Mapping[str, ExtendedRotary]) ->
     Raises:
         ProbeError: If it never does, or the model cannot be run this way.
     """
-    for runners in _runners(model, rotaries):
+    for runners in innermost_models(model, rotaries):
         own = [rotary for rotary in rotaries.values() if rotary in list(runners[0].modules())]
         failures = []
         device = next(own[0].buffers()).device
-        attempts = [(part, given) for part in runners for given in _arguments(part, device)]
+        attempts = [(part, given) for part in runners for given in arguments_for(part, device)]
         for runner, arguments in attempts:
             try:
                 with _poisoned(own), _quiet(device), _Watch(own):
@@ -112,28 +113,7 @@ def _values(rotary: ExtendedRotary, label: str | None, position_ids: Tensor) -> 
     ).double()
 
 
-def _runners(model: nn.Module, rotaries: Mapping[str, ExtendedRotary]) -> list[list[nn.Module]]:
-    """Return, for each innermost transformers model with rotary embeddings, it and those around.
-
-    Those around are for an inner model that does not run on tokens alone, such as a decoder.
-    """
-    from transformers import PreTrainedModel
-
-    around = {
-        path: part for path, part, _ in owned_modules(model) if isinstance(part, PreTrainedModel)
-    }
-    runners: dict[int, list[nn.Module]] = {}
-    for path in rotaries:
-        holders = [
-            part
-            for outer, part in around.items()
-            if f"{path}.".startswith(f"{outer}.") or not outer
-        ]
-        runners[id(holders[-1])] = holders[::-1]
-    return list(runners.values())
-
-
-def _arguments(runner: nn.Module, device: torch.device) -> list[dict[str, Any]]:
+def arguments_for(runner: nn.Module, device: torch.device) -> list[dict[str, Any]]:
     """Return inputs of a few positions, in the forms to try."""
     family = family_of(runner.config)
     if family.probe is not None:
@@ -160,10 +140,14 @@ def _poisoned(rotaries: Iterable[ExtendedRotary]) -> Iterator[None]:
 
 @contextmanager
 def _quiet(device: torch.device) -> Iterator[None]:
-    """Leave no trace: no gradients, and the random state as it was."""
+    """Leave no trace: no gradients, the random state as it was, nobody else's request."""
     devices = [device] if device.type == "cuda" else []
-    with torch.no_grad(), torch.random.fork_rng(devices=devices):
-        yield
+    generation, RUNNING.generation = RUNNING.generation, None
+    try:
+        with torch.no_grad(), torch.random.fork_rng(devices=devices):
+            yield
+    finally:
+        RUNNING.generation = generation
 
 
 class _Watch(TorchFunctionMode):

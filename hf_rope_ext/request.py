@@ -1,7 +1,7 @@
 """From the arguments of `patch_model` to everything it will change, all of it checked."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,6 +16,7 @@ from hf_rope_ext.errors import (
     UnsupportedModelError,
 )
 from hf_rope_ext.geometry import RopeGeometry
+from hf_rope_ext.lengths import LengthPolicy, RequestPlan
 from hf_rope_ext.methods import Dynamic, Method, knobs, make_method, split_name
 from hf_rope_ext.rotary import Rotation
 from hf_rope_ext.sites import RopeSite, read_sites, window
@@ -35,6 +36,10 @@ class Request:
     layer_types: Sequence[str] | None = None
     temperature: str = "rotation"
     replace: bool = False
+    on_growth: str | None = None
+    buckets: float | None = None
+    compat: str | None = None
+    on_plan: Callable[[RequestPlan], None] | None = None
     knobs: Mapping[str, Any] = field(default_factory=dict)
 
     @classmethod
@@ -86,7 +91,8 @@ def resolve(request: Request, model: nn.Module) -> Resolved:
     for site in sites:
         _require_ready(site, request)
     method = _method(request, sites[0].geometry)
-    rotations = [_rotation(site, method, request.temperature) for site in sites]
+    policy = _policy(request, method)
+    rotations = [_rotation(site, method, request.temperature, policy) for site in sites]
     return Resolved(
         method=method,
         sites=sites,
@@ -101,6 +107,7 @@ def resolve(request: Request, model: nn.Module) -> Resolved:
             settings={
                 "target_length": request.target_length,
                 "layer_types": None if layer_types is None else list(layer_types),
+                **({"lengths": policy.to_dict()} if method.length_dependent else {}),
             },
         ),
     )
@@ -171,7 +178,22 @@ def _require_agreement(method: Method, geometry: RopeGeometry, target: int | Non
         )
 
 
-def _rotation(site: RopeSite, method: Method, temperature: str) -> Rotation:
+def _policy(request: Request, method: Method) -> LengthPolicy:
+    """Return how requests are followed, which a static method cannot be asked for."""
+    settings = {
+        name: getattr(request, name)
+        for name in ("on_growth", "buckets", "compat", "on_plan")
+        if getattr(request, name) is not None
+    }
+    if settings and not method.length_dependent:
+        raise MethodParameterError(
+            f"{next(iter(settings))} is for methods that follow the length of the request; "
+            f"{method!r} is the same at every length."
+        )
+    return LengthPolicy(**settings)
+
+
+def _rotation(site: RopeSite, method: Method, temperature: str, policy: LengthPolicy) -> Rotation:
     """Return how a site is computed; its plan is made once, so that bad lists are found."""
     rotation = Rotation(
         method=method,
@@ -179,6 +201,7 @@ def _rotation(site: RopeSite, method: Method, temperature: str) -> Rotation:
         trained=site.inv_freq,
         pair_order=site.pair_order,
         scales_rotation=temperature == "rotation",
+        policy=policy,
     )
     frequencies, scaling = rotation.within()
     if not (torch.isfinite(frequencies).all() and math.isfinite(scaling)):

@@ -8,7 +8,7 @@ plan's. The original is not touched, so undoing a patch means putting it back.
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_rope_ext.geometry import RopeGeometry, Scale
-from hf_rope_ext.lengths import row_lengths
+from hf_rope_ext.lengths import RUNNING, LengthPolicy, row_lengths
 from hf_rope_ext.methods import Method
 
 UNCHANGED = 1e-12
@@ -34,6 +34,7 @@ class Rotation:
             the family stores them.
         pair_order: That order, None for the natural one.
         scales_rotation: Whether the temperature goes into cos and sin.
+        policy: How a length-dependent method follows requests.
     """
 
     method: Method
@@ -41,6 +42,7 @@ class Rotation:
     trained: Tensor
     pair_order: list[int] | None = None
     scales_rotation: bool = True
+    policy: LengthPolicy = field(default_factory=LengthPolicy)
 
     def within(self) -> tuple[Tensor, float]:
         """Return the static plan, or a length-dependent one's up to the trained length.
@@ -61,15 +63,17 @@ class Rotation:
         """Return the plan of a request.
 
         Args:
-            lengths: Length of each row, ``(batch, 1, 1)``.
+            lengths: Length of each row, ``(batch, 1, 1)``, before it is rounded up.
             inv_freq: What `within` returned.
             scaling: What `within` returned.
 
         Returns:
             Frequencies, float32, ``(batch, 1, pairs)``, and a number or ``(batch, 1, 1)``.
         """
+        trained = self.geometry.original_max_position_embeddings
+        lengths = self.policy.rounded(lengths, trained)
         plan = self.method.plan_at(replace(self.geometry, device=lengths.device), lengths)
-        beyond = lengths > self.geometry.original_max_position_embeddings
+        beyond = lengths > trained
         within = inv_freq.to(lengths.device)
         frequencies = torch.where(beyond, self.ordered(plan.inv_freq).float(), within)
         if not isinstance(plan.attention_scaling, Tensor):
@@ -92,6 +96,7 @@ class ExtendedRotary(nn.Module):
         rotations: The sets of frequencies to compute with, by layer type (None where the family
             does not distinguish); other layer types go to ``original``.
         patch: What the patch changed beside this module, for undoing it.
+        path: Where it hangs.
         reads_config: Whether ``original`` computes its frequencies from the config every time.
     """
 
@@ -104,11 +109,14 @@ class ExtendedRotary(nn.Module):
         rotations: Mapping[str | None, Rotation],
         patch: object,
         *,
+        path: str = "",
         reads_config: bool = False,
     ) -> None:
         super().__init__()
         self.rotations = dict(rotations)
         self.patch = patch
+        self.path = path
+        self.stock_length: Tensor | None = None
         self.reads_config = reads_config
         device = _device(original)
         persistent: dict[str, Any] = {}
@@ -152,12 +160,48 @@ class ExtendedRotary(nn.Module):
             ``(pairs,)`` and a number; for a length-dependent method ``(batch, 1, pairs)`` and a
             number or ``(batch, 1, 1)``.
         """
-        frequencies = getattr(self, _key(label, "inv_freq"))
-        scaling: float = getattr(self, _key(label, "attention_scaling"))
         rotation = self.rotations[label]
         if not rotation.method.length_dependent or position_ids is None:
-            return frequencies, scaling
-        return rotation.at(row_lengths(position_ids), frequencies, scaling)
+            return self._within(label)
+        if rotation.policy.compat is not None:
+            return rotation.at(self._stock_length(rotation, position_ids), *self._within(label))
+        call = RUNNING.call
+        if call is None:
+            return rotation.at(row_lengths(position_ids), *self._within(label))
+        lengths = call.note(position_ids)
+        known, key = call.plan.frequencies, f"{self.path} {label}"
+        if key not in known:
+            known[key] = rotation.at(lengths, *self._within(label))
+        return known[key]
+
+    def names(self) -> dict[str, str | None]:
+        """Return the names of its sets of frequencies in a plan, with their layer types."""
+        return {f"{self.path} {label}": label for label in self.rotations}
+
+    def frequencies_at(self, key: str, lengths: Tensor) -> tuple[Tensor, Scale]:
+        """Return frequencies and scaling by name for rows of these lengths, ``(batch, 1, 1)``."""
+        label = self.names()[key]
+        return self.rotations[label].at(lengths, *self._within(label))
+
+    def _within(self, label: str | None) -> tuple[Tensor, float]:
+        return getattr(self, _key(label, "inv_freq")), getattr(
+            self, _key(label, "attention_scaling")
+        )
+
+    def _stock_length(self, rotation: Rotation, position_ids: Tensor) -> Tensor:
+        """Return the one length that stock transformers would go by, ``(1, 1, 1)``.
+
+        Its ``dynamic`` keeps the longest one seen until a call is shorter than the trained length;
+        its ``longrope`` looks at the call alone.
+        """
+        length = row_lengths(position_ids).amax(dim=0, keepdim=True)
+        if rotation.method.name == "longrope":
+            return length
+        trained = rotation.geometry.original_max_position_embeddings
+        kept = length if self.stock_length is None else self.stock_length.to(length.device)
+        kept = torch.where(length < trained, length, torch.maximum(length, kept))
+        self.stock_length = kept
+        return kept
 
     @contextmanager
     def poisoned(self) -> Iterator[None]:
