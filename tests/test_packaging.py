@@ -67,6 +67,8 @@ FLOORS = (
     {"rotary", "sites"},
     {"table", "temperature", "checkpoint"},
     {"probe"},
+    {"rerotation"},
+    {"caching"},
     {"request"},
     {"patching"},
     {"describe", "loading", "measuring"},
