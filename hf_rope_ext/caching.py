@@ -104,7 +104,7 @@ class Planner:
             )
         if isinstance(seen, Tensor):
             return Call(plan, is_new=False)
-        grows = seen + tokens > plan.capacity and self.policy.on_growth != "freeze"
+        grows = seen + tokens > plan.capacity and plan.policy.on_growth != "freeze"
         if grows:
             self._grow(model, cache, plan, seen + tokens, limit)
         return Call(plan, seen=seen, records=plan.positions is not None, is_new=grows)
@@ -123,14 +123,14 @@ class Planner:
         self, model: nn.Module, cache: Any, plan: Plan, needed: int, limit: int | None
     ) -> None:
         """Plan a cache for more tokens than it was planned for, and turn its keys accordingly."""
-        if self.policy.on_growth == "error":
+        if plan.policy.on_growth == "error":
             raise RopeError(
                 f"the cache was planned for {plan.capacity} tokens under {self.method}, and this "
                 f"call needs {needed}; nothing was changed. Run the loop in `planned(max_length)`, "
                 f"fill a new cache with all tokens, or patch with on_growth='rerotate'."
             )
         assert plan.lengths is not None
-        capacity = max(limit, needed) if limit else self.policy.grown(needed, self.trained)
+        capacity = max(limit, needed) if limit else plan.policy.grown(needed, self.trained)
         lengths = plan.lengths + (capacity - plan.capacity)
         frequencies = {
             key: rotary.frequencies_at(key, lengths)
@@ -302,9 +302,14 @@ def _prepare(config: Any, model_kwargs: Mapping[str, Any], max_cache_length: int
         return
     (cache,) = caches
     seen = int(_own(cache).get_seq_length())
-    ids = generation.input_ids
-    whole = ids is not None and ids.shape[1] > seen and (mask is None or mask.shape == ids.shape)
-    if seen and whole and length > plan.capacity:
+    # as transformers tells whether it was given the whole text or what is new of it
+    tokens = getattr(config, "_mask_length", -1) if mask is None else mask.shape[1]
+    whole = model_kwargs.get("inputs_embeds") is not None or (
+        generation.input_ids is not None and generation.input_ids.shape[1] == tokens
+    )
+    if seen and not whole:
+        generation.max_length = seen + length
+    elif seen and length > max(plan.capacity, plan.trained):
         cache.reset()  # filled again from the whole text, under a plan that covers it
         seen = 0
     if not seen:

@@ -216,6 +216,38 @@ def test_a_chat_that_stays_within_its_plan_keeps_its_cache():
     assert torch.equal(found, greedy(frozen("dynamic_yarn", 200), ids, 10))
 
 
+def test_only_the_new_tokens_of_a_longer_chat_grow_its_cache():
+    model, ids = dynamic(), text(1, 130)
+    cache = DynamicCache(config=model.config)
+    with torch.no_grad():
+        model(ids[:, :70], past_key_values=cache)
+
+    found = greedy(
+        model,
+        ids[:, 70:],
+        20,
+        past_key_values=cache,
+        attention_mask=torch.ones_like(ids),
+        return_dict_in_generate=True,
+    )
+
+    assert request_plan(found).lengths.tolist() == [150]
+    assert cache.get_seq_length() == 149
+
+
+def test_a_prefix_within_the_trained_length_is_kept():
+    model, ids = dynamic(), text(1, 40)
+    cache = DynamicCache(config=model.config)
+    with torch.no_grad():
+        model(ids[:, :20], past_key_values=cache)
+    keys = cache.layers[0].keys
+
+    found = greedy(model, ids, 20, past_key_values=cache)
+
+    assert torch.equal(cache.layers[0].keys[:, :, :20], keys)
+    assert torch.equal(found, greedy(tiny_llama(), ids, 20))
+
+
 def test_a_chunk_of_nothing_but_padding_is_refused():
     batch = text(2, 60)
     mask = torch.ones_like(batch)

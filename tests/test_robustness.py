@@ -8,7 +8,13 @@ import torch
 from accelerate import cpu_offload, disk_offload, dispatch_model
 from conftest import TRAINED, logits, relative, tiny_llama
 from peft import LoraConfig, get_peft_model
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig, Trainer, TrainingArguments
+from transformers import (
+    AutoModelForCausalLM,
+    BitsAndBytesConfig,
+    LlamaForCausalLM,
+    Trainer,
+    TrainingArguments,
+)
 
 from hf_rope_ext import patch_model, unpatch_model
 from hf_rope_ext.methods import Yarn
@@ -187,7 +193,7 @@ def test_patch_then_peft_equals_peft_then_patch(ids):
     assert torch.equal(logits(first, ids), logits(second, ids))
 
 
-def test_a_merged_adapter_keeps_rotation_and_config(ids):
+def test_a_merged_adapter_keeps_rotation_and_config(ids, tmp_path):
     model = patch_model(lora(tiny_llama()), "yarn", factor=4)
     expected = logits(model, ids)
 
@@ -196,6 +202,9 @@ def test_a_merged_adapter_keeps_rotation_and_config(ids):
     assert relative(logits(merged, ids), expected) < 1e-4
     assert merged.config.rope_parameters["rope_type"] == "yarn"
     assert isinstance(merged.model.rotary_emb, ExtendedRotary)
+    merged.save_pretrained(tmp_path)
+    stock = LlamaForCausalLM.from_pretrained(tmp_path)
+    assert relative(logits(stock, ids), expected) < 1e-4
 
 
 @pytest.mark.parametrize("method", ["linear", "ntk", "yarn", "dynamic_yarn"])
