@@ -5,6 +5,8 @@ BIN := $(VENV)/bin
 
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
+# the models of tests and demo are tiny: one thread is faster than several
+export OMP_NUM_THREADS ?= 1
 
 .PHONY: demo check test test-slow test-gpu wheel clean
 
@@ -27,7 +29,7 @@ check: $(VENV)/.dev
 	$(BIN)/mypy
 
 test: $(VENV)/.dev
-	$(BIN)/pytest
+	$(BIN)/pytest --numprocesses auto
 
 test-slow: $(VENV)/.dev
 	$(BIN)/pytest -m "slow and not gpu"

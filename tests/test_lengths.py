@@ -108,6 +108,40 @@ def test_cached_greedy_decoding_is_that_of_the_full_forward_at_the_planned_lengt
         assert relative(torch.stack(cached.logits), torch.stack(other.logits)) < 1e-4
 
 
+def vision_language_inputs(model, words):
+    """A prompt of text around an image, which takes fewer positions than tokens."""
+    model.config.image_token_id = model.model.config.image_token_id = 9
+    kinds = torch.tensor([[0] * 4 + [1] * 16 + [0] * words])
+    ids = torch.where(kinds == 1, 9, text(1, kinds.shape[1]))
+    pixels = torch.randn(64, 3 * 2 * 16 * 16, generator=torch.Generator().manual_seed(0))
+    return {
+        "input_ids": ids,
+        "mm_token_type_ids": kinds,
+        "pixel_values": pixels,
+        "image_grid_thw": torch.tensor([[1, 8, 8]]),
+    }
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_an_image_in_the_prompt_is_planned_by_positions(method):
+    model, twin = zoo.build("qwen2_vl"), zoo.build("qwen2_vl")
+    inputs = vision_language_inputs(model, words=50)
+    vision_language_inputs(twin, words=50)
+    geometry = read_sites(model)[0].geometry
+    positions = 4 + 4 + 50 + 30  # the image takes max(8, 8) / 2
+    settings = {"max_new_tokens": 30, "min_new_tokens": 30, "do_sample": False}
+    patch_model(model, method, **methods(geometry.pairs)[method])
+    patch_model(
+        twin, make_method(method, **methods(geometry.pairs)[method]).frozen(geometry, positions)
+    )
+
+    found = model.generate(**inputs, **settings, return_dict_in_generate=True)
+
+    assert request_plan(found).lengths.tolist() == [positions]
+    assert torch.equal(found.sequences, model.generate(**inputs, **settings, use_cache=False))
+    assert torch.equal(found.sequences, twin.generate(**inputs, **settings, use_cache=False))
+
+
 def test_the_decoding_of_stock_dynamic_does_not_agree_with_its_cache():
     model = tiny_llama({"rope_type": "dynamic", "factor": 4.0})
     ids = text(1, 50)
