@@ -130,6 +130,8 @@ class Planner:
                 f"fill a new cache with all tokens, or patch with on_growth='rerotate'."
             )
         assert plan.lengths is not None
+        if plan.positions is not None:  # the cache may have been cut back
+            plan.positions = plan.positions[..., : _own(cache).get_seq_length()]
         capacity = max(limit, needed) if limit else plan.policy.grown(needed, self.trained)
         lengths = plan.lengths + (capacity - plan.capacity)
         frequencies = {

@@ -7,6 +7,7 @@ it is checked against stock transformers elsewhere.
 import copy
 import pickle
 import threading
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import pytest
@@ -384,7 +385,7 @@ def test_rerotation_turns_each_row_and_its_padding_by_their_own_positions():
     positions = (mask.cumsum(-1) - 1).clamp(min=0)
     caches = []
     for length in (None, 300):
-        with torch.no_grad(), planned(length) if length else torch.no_grad():
+        with torch.no_grad(), planned(length) if length else nullcontext():
             out = model(batch, attention_mask=mask, position_ids=positions, use_cache=True)
             more = torch.cat([mask, torch.ones(2, 1, dtype=torch.int64)], dim=1)
             cache = out.past_key_values
@@ -399,6 +400,37 @@ def test_rerotation_turns_each_row_and_its_padding_by_their_own_positions():
     with planned(125), torch.no_grad():
         out = again(batch, attention_mask=mask, position_ids=positions, use_cache=True)
     assert relative(found.layers[0].keys[:, :, :100], out.past_key_values.layers[0].keys) < 1e-5
+
+
+def test_rerotation_turns_an_image_by_its_own_axes():
+    grown, expected = [], []
+    for capacity, kept in ((None, grown), (100, expected)):
+        model = zoo.build("qwen2_vl")
+        inputs = vision_language_inputs(model, words=60)
+        patch_model(model, "dynamic_yarn", factor=4)
+        with torch.no_grad(), planned(capacity) if capacity else nullcontext():
+            cache = model(**inputs, use_cache=True).past_key_values
+            model(text(1, 1), past_key_values=cache)
+        kept.append(cache)
+    (found,), (wanted,) = grown, expected
+
+    assert request_plan(found).lengths.tolist() == request_plan(wanted).lengths.tolist() == [88]
+    assert relative(found.layers[0].keys, wanted.layers[0].keys) < 1e-5
+
+
+def test_a_cache_that_was_cut_back_grows_by_the_positions_it_still_holds():
+    ids, caches = text(1, 110), []
+    for capacity in (None, 125):
+        model = dynamic()
+        with torch.no_grad(), planned(capacity) if capacity else nullcontext():
+            cache = model(ids[:, :100], use_cache=True).past_key_values
+            cache.crop(-30)
+            model(ids[:, 70:], past_key_values=cache)
+        caches.append(cache)
+    found, wanted = caches
+
+    assert request_plan(found).lengths.tolist() == request_plan(wanted).lengths.tolist() == [125]
+    assert relative(found.layers[0].keys, wanted.layers[0].keys) < 1e-5
 
 
 def test_outgrowing_a_plan_can_be_an_error_and_changes_nothing():

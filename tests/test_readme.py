@@ -53,3 +53,44 @@ def test_a_third_partys_checkpoint_computes_as_in_stock_transformers():
     for row in result("real_weights").values():
         assert row["largest_relative_logit_difference"] == 0.0
         assert row["patched"] == pytest.approx(row["stock"], rel=1e-6)
+
+
+def share(value):
+    return value if isinstance(value, str) else f"{value:.0%}"
+
+
+def agreement_rows():
+    found = result("cached_decoding")
+    rows = {**found["families"], "a trained checkpoint, 480 to 1500": found["checkpoint"]}
+    for name, row in rows.items():
+        ours = {value for key, value in row.items() if not key.startswith("stock")}
+        assert ours == {1.0}, name
+        stock = (share(row["stock dynamic"]), share(row["stock longrope"]))
+        yield f"| {name} | 100% | {stock[0]} | {stock[1]} |"
+
+
+def growth_rows():
+    for name, row in result("cached_decoding")["growth"].items():
+        yield f"| {name} | {row['kl']:.4f} | {row['perplexity']:.3f} |"
+
+
+def test_cached_decoding_agrees_as_the_readme_says():
+    for row in (*agreement_rows(), *growth_rows()):
+        assert row in README
+
+
+def test_perplexity_by_position_is_that_of_what_the_request_needs():
+    found = result("cached_decoding")["perplexity by position, per 256"]
+
+    assert found["512 dynamic_yarn"] == found["512 none"]
+    for length in (1024, 2048):
+        fitting = found[f"{length} yarn at the factor that fits"]
+        assert found[f"{length} dynamic_yarn"] == pytest.approx(fitting, rel=1e-3)
+
+
+def test_following_the_request_costs_what_the_readme_says():
+    found = result("dynamic_speed")
+    ratios = [row["median"] for row in found["decode, over yarn"].values()]
+
+    assert f"{min(ratios):.2f} to {max(ratios):.2f} times" in README
+    assert f"{found['growth']['loop that grows over loop planned']:.2f} times" in README
