@@ -654,6 +654,19 @@ def test_a_paged_cache_is_refused():
         dynamic().model(text(1, 10), cache=SimpleNamespace())
 
 
+@pytest.mark.parametrize("method", METHODS)
+def test_making_a_plan_never_waits_for_the_device(method):
+    """A value fetched from the device would break the graph."""
+    torch._dynamo.reset()
+    model, ids = dynamic(method, buckets=2), text(2, 150)
+    whole = torch.compile(model, fullgraph=True, backend="eager")
+
+    with torch.no_grad():
+        found = whole(ids, use_cache=False).logits
+
+    assert torch.equal(found, logits(model, ids))
+
+
 def test_the_decode_step_compiles_whole_and_does_not_compile_again_as_it_grows():
     torch._dynamo.reset()
     model, ids = dynamic(), text(1, 120)
