@@ -241,6 +241,18 @@ def compare(
     out.print("wrote " + ", ".join(map(str, files)), highlight=False, soft_wrap=True)
 
 
+@app.command(
+    "eval",
+    add_help_option=False,
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
+)
+def eval_command(context: typer.Context) -> None:
+    """Run lm-eval on a patched model; takes lm-eval's own arguments."""
+    from hf_rope_ext.evals.launcher import launch
+
+    launch(context.args)
+
+
 @app.command()
 def plot(
     output: Annotated[Path, typer.Option(help="The PNG to write.")],
