@@ -6,7 +6,6 @@ sequence, and no row of a batch changes another.
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -16,44 +15,16 @@ from lm_eval.api.registry import register_model
 from lm_eval.models.huggingface import HFLM
 from lm_eval.models.utils import normalize_gen_kwargs
 from lm_eval.models.utils_hf import pad_and_concat
-from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from hf_rope_ext.describe import Description, describe
 from hf_rope_ext.errors import RopeError, UnsupportedModelError
 from hf_rope_ext.evals.lm_arguments import base_of, require_effect, split
+from hf_rope_ext.evals.lm_windows import TokenRequest, Window
 from hf_rope_ext.evals.log_probs import token_log_probs
 from hf_rope_ext.loading import attach_adapter, read_config, restore
 from hf_rope_ext.patching import patch_model, patch_of
-
-TokenRequest = tuple[Any, list[int], list[int]]
-"""What is asked for a log-likelihood: lm-eval's key (or None), context, continuation."""
-
-
-@dataclass(frozen=True)
-class Window:
-    """How `RopeHFLM` cuts a long text for its perplexity.
-
-    Args:
-        length: Tokens of a window, the model's length if None.
-        stride: Tokens that are new in each window after the first, scored with all the others
-            before them; the window's length if None, which is lm-eval's definition.
-    """
-
-    length: int | None = None
-    stride: int | None = None
-
-    def cut(self, tokens: list[int], prefix: int, max_length: int) -> list[TokenRequest]:
-        """Return the windows of a text, each with the tokens that are scored in it.
-
-        Raises:
-            RopeError: If window or stride is not between 1 and what it may be.
-        """
-        length = _within("window", self.length, max_length)
-        stride = _within("stride", self.stride, length)
-        windows = get_rolling_token_windows(tokens, prefix, length, length - stride + 1)
-        return [(None, *make_disjoint_window(pair)) for pair in windows]
 
 
 @register_model("hf_rope")
@@ -158,22 +129,53 @@ class RopeHFLM(HFLM):  # type: ignore[misc]
                 )
             cut += self._exceeds(length, limit, "may be generated")
         self._count(cut)
-        together = self._groups(lengths)
         texts: list[str] = [""] * len(requests)
-        for group in together:
-            size = self._rows(max(lengths[number] + limits[number] for number in group))
+        for group, size in self._generated_together(requests, lengths, limits):
             given = self.batch_size_per_gpu
             self.batch_size_per_gpu = size
             try:
                 found = super().generate_until(
                     [requests[number] for number in group],
-                    disable_tqdm=disable_tqdm or len(together) > 1,
+                    disable_tqdm=disable_tqdm or len(group) < len(requests),
                 )
             finally:
                 self.batch_size_per_gpu = given
             for number, text in zip(group, found, strict=True):
                 texts[number] = text
         return texts
+
+    def _generated_together(
+        self, requests: list[Any], lengths: list[int], limits: list[int]
+    ) -> Iterator[tuple[list[int], int]]:
+        """Yield numbers of requests and the size of their batches.
+
+        Requests with a ``seed`` are samples of one prompt: they are one batch, so what is drawn
+        depends on nothing else.
+        """
+        seeded: dict[str, list[int]] = {}
+        free: list[int] = []
+        for number, request in enumerate(requests):
+            if "seed" in request.args[1]:
+                seeded.setdefault(repr(request.args), []).append(number)
+            else:
+                free.append(number)
+        for group in self._groups([lengths[number] for number in free]):
+            numbers = [free[place] for place in group]
+            longest = max(lengths[number] + limits[number] for number in numbers)
+            yield numbers, self._rows(longest)
+        for numbers in seeded.values():
+            samples = requests[numbers[0]].repeats or len(numbers)
+            for first in range(0, len(numbers), samples):
+                yield numbers[first : first + samples], samples
+
+    def _model_generate(self, context: Tensor, **settings: Any) -> Tensor:
+        seed = settings.pop("seed", None)
+        if seed is None:
+            return super()._model_generate(context, **settings)  # type: ignore[no-any-return]
+        devices = [context.device] if context.device.type == "cuda" else []
+        with torch.random.fork_rng(devices):
+            torch.manual_seed(seed)
+            return super()._model_generate(context, **settings)  # type: ignore[no-any-return]
 
     def get_model_info(self) -> dict[str, Any]:
         """Return lm-eval's information about a model, and what its RoPE computes."""
@@ -382,11 +384,3 @@ class RopeHFLM(HFLM):  # type: ignore[misc]
         """Add to the number of requests cut, over all processes."""
         if self._cuts:
             self._cut += int(self.all_gather(torch.tensor([cut], device=self.device)).sum())
-
-
-def _within(name: str, value: int | None, most: int) -> int:
-    if value is None:
-        return most
-    if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= most:
-        raise RopeError(f"{name} must be a number of tokens from 1 to {most}, got {value!r}.")
-    return value
