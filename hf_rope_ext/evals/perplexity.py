@@ -35,9 +35,9 @@ class PerplexityTask:
     same places: a model that uses the longer context finds them more likely. ``sliding`` scores
     every token of the text, ``stride`` at a time, with at least ``length - stride`` tokens before
     it (Press et al., 2022, arXiv:2108.12409; PI and YaRN use stride 256). ``disjoint`` cuts the
-    text into blocks, the stride being the length.
-    Where there is no prefix, the first token of a window is its context. ``truncate`` scores all tokens of windows that
-    begin at the same places (YaRN's figure 1).
+    text into blocks, the stride being the length. Where there is no prefix, the first token of a
+    window is its context. ``truncate`` scores all tokens of windows that begin at the same places
+    (YaRN's figure 1).
 
     Args:
         ids: Tokens of a text, ``(tokens,)``.
