@@ -184,8 +184,10 @@ def _alike(rows: list[Row], size: int, padded: bool) -> Iterator[list[int]]:
         key = (width, bool(row.targets), row.document["max_new_tokens"])
         groups.setdefault(key, []).append(number)
     for numbers in groups.values():
-        for first in range(0, len(numbers), size):
-            yield numbers[first : first + size]
+        # samples are drawn from a document's own seed, so it is a batch of its own
+        rows_at_once = 1 if rows[numbers[0]].document["sampling"] else size
+        for first in range(0, len(numbers), rows_at_once):
+            yield numbers[first : first + rows_at_once]
 
 
 @torch.inference_mode()

@@ -16,7 +16,7 @@ from lm_eval.models.huggingface import HFLM
 from lm_eval.models.utils import normalize_gen_kwargs
 from lm_eval.models.utils_hf import pad_and_concat
 from torch import Tensor, nn
-from tqdm import tqdm
+from tqdm import tqdm  # type: ignore[import-untyped]
 
 from hf_rope_ext.describe import Description, describe
 from hf_rope_ext.errors import RopeError, UnsupportedModelError
@@ -176,6 +176,22 @@ class RopeHFLM(HFLM):  # type: ignore[misc]
         with torch.random.fork_rng(devices):
             torch.manual_seed(seed)
             return super()._model_generate(context, **settings)  # type: ignore[no-any-return]
+
+    def measured(self, requests: list[Any]) -> list[dict[str, Any]]:
+        """Return what our tasks over a text measure with the model itself.
+
+        Raises:
+            RopeError: If a length is beyond the model's.
+        """
+        found = []
+        for request in requests:
+            _, length, run = request.args
+            if length > self.max_length:
+                raise RopeError(
+                    f"a length of {length} was asked for, but the model's is {self.max_length}."
+                )
+            found.append(run(self.model, self._rows(length)))
+        return found
 
     def get_model_info(self) -> dict[str, Any]:
         """Return lm-eval's information about a model, and what its RoPE computes."""

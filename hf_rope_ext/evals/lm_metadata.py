@@ -77,6 +77,27 @@ def trained_length_of(model: nn.Module) -> int | None:
     return sites[0].geometry.original_max_position_embeddings
 
 
+def trained_length(metadata: Mapping[str, Any]) -> int:
+    """Return the trained length of the model that metadata speak of.
+
+    Raises:
+        RopeError: If they do not say which.
+    """
+    trained = metadata.get("trained_length")
+    if trained is None and isinstance(metadata.get("pretrained"), str):
+        config, _ = read_config(_base(metadata["pretrained"]))
+        trained = read_sites(
+            skeleton(config),
+            original_max_position_embeddings=metadata.get("original_max_position_embeddings"),
+        )[0].geometry.original_max_position_embeddings
+    if trained is None:
+        raise RopeError(
+            "lengths as multiples need the model's trained length; give them in tokens, as "
+            "--metadata '{\"lengths\": [1024, 4096]}'."
+        )
+    return int(trained)
+
+
 def _is_the_patchs(name: str, value: Any) -> bool:
     """Return whether a setting is an argument of `patch_model`: the temperature in words."""
     return name in PATCH_ARGUMENTS and isinstance(value, str)
@@ -94,28 +115,12 @@ def _require_spelling(metadata: Mapping[str, Any], known: Sequence[str]) -> None
 def _lengths(metadata: Mapping[str, Any]) -> tuple[int, ...]:
     given = metadata.get("lengths", LENGTHS)
     text = given if isinstance(given, str) else ",".join(map(str, _listed(given)))
-    trained = _trained(metadata) if "x" in text.lower() else 1
+    trained = trained_length(metadata) if "x" in text.lower() else 1
     return parse_lengths(text, trained)
 
 
 def _listed(value: Any) -> Sequence[Any]:
     return value if isinstance(value, list | tuple) else [value]
-
-
-def _trained(metadata: Mapping[str, Any]) -> int:
-    trained = metadata.get("trained_length")
-    if trained is None and isinstance(metadata.get("pretrained"), str):
-        config, _ = read_config(_base(metadata["pretrained"]))
-        trained = read_sites(
-            skeleton(config),
-            original_max_position_embeddings=metadata.get("original_max_position_embeddings"),
-        )[0].geometry.original_max_position_embeddings
-    if trained is None:
-        raise RopeError(
-            "lengths as multiples need the model's trained length; give them in tokens, as "
-            "--metadata '{\"lengths\": [1024, 4096]}'."
-        )
-    return int(trained)
 
 
 def _tokenizer(metadata: Mapping[str, Any]) -> Any:

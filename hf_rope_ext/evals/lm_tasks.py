@@ -1,7 +1,8 @@
 """Our tasks as lm-eval's: one class that the YAML files of ``eval_tasks`` name."""
 
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import fields
+from dataclasses import dataclass, fields
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -10,14 +11,23 @@ from lm_eval.api.instance import Instance
 from lm_eval.api.metrics import mean
 from lm_eval.api.task import ConfigurableTask
 from lm_eval.tasks import TaskManager
+from torch import nn
 
 from hf_rope_ext.errors import RopeError
-from hf_rope_ext.evals.lm_metadata import read_settings, trained_length_of
-from hf_rope_ext.evals.tasks import TASKS, build_dataset, score
-from hf_rope_ext.evals.text import encode_pair
+from hf_rope_ext.evals.lm_metadata import read_settings, trained_length, trained_length_of
+from hf_rope_ext.evals.measures import Bench, make_measure
+from hf_rope_ext.evals.tasks import build_dataset, make_task, score
+from hf_rope_ext.evals.text import encode_pair, read_text
 
 TASK_DIRECTORY = Path(str(files("hf_rope_ext.eval_tasks")))
 """What lm-eval's ``include_path`` takes."""
+
+TEXT_OPTIONS = {
+    "rope_ppl": ("mode", "stride", "windows", "targets", "tokens"),
+    "rope_longppl": ("short", "windows", "alpha", "beta"),
+    "rope_short": ("windows",),
+}
+"""Options of the tasks over a text."""
 
 
 class Documents(list[dict[str, Any]]):
@@ -43,7 +53,7 @@ class RopeTask(ConfigurableTask):  # type: ignore[misc]
     def download(self, dataset_kwargs: Any = None, **kwargs: Any) -> None:
         """Build the documents."""
         name = self.config.dataset_name
-        options = [field.name for field in fields(TASKS[name])]
+        options = [field.name for field in fields(make_task(name))]
         settings = read_settings(self.config.metadata, options)
         documents = Documents(
             build_dataset(
@@ -117,19 +127,84 @@ class RopeTask(ConfigurableTask):  # type: ignore[misc]
 
     def aggregation(self) -> "Aggregations":
         """Return how the scores of documents become a number, by the name of the score."""
-        return Aggregations()
+        return Aggregations(frozenset(self._cells))
 
     def higher_is_better(self) -> dict[str, bool]:
         """Return for each kind of score whether more is better."""
         return {"score": True, "nll": False, **{f"score@{cell}": True for cell in self._cells}}
 
 
+class RopeTextTask(RopeTask):
+    """A perplexity of the text that the setting ``text`` names, one number for each length.
+
+    Its windows are tokens, so a `RopeHFLM` has to be asked.
+    """
+
+    def download(self, dataset_kwargs: Any = None, **kwargs: Any) -> None:
+        """Read the text; each document is a length."""
+        metadata = self.config.metadata
+        settings = read_settings(metadata, ["text", *TEXT_OPTIONS[self.config.dataset_name]])
+        path = settings.options.pop("text", None)
+        if path is None:
+            raise RopeError(
+                f'{self.config.task} needs a long text: --metadata \'{{"text": "FILE"}}\'.'
+            )
+        bench = Bench(
+            tokenizer=settings.tokenizer,
+            text=read_text(Path(path)),
+            longest=max(settings.lengths),
+            trained=trained_length(metadata),
+        )
+        self._measure = make_measure(self.config.dataset_name, settings.options, bench)
+        lengths = self._measure.lengths(settings.lengths)
+        self._measure.check(lengths)
+        self._cells = [str(length) for length in lengths]
+        documents = [{"length": length, "prompt": "", "target": ""} for length in lengths]
+        self.dataset = {self.config.test_split: Documents(documents)}
+        self.config.metadata = settings.recorded(metadata)
+
+    def construct_requests(self, doc: dict[str, Any], ctx: str, **arguments: Any) -> Instance:
+        """Return the request for a length; it holds what to call with model and batch size."""
+        measure, length = self._measure, doc["length"]
+
+        def run(model: nn.Module, size: int) -> dict[str, Any]:
+            return measure.measure(model, length, size, lambda samples: None)
+
+        label = f"{self.config.task}@{length}"
+        return Instance(
+            "measured", doc, (label, length, run), idx=0, metadata=arguments["metadata"]
+        )
+
+    def process_results(self, doc: dict[str, Any], results: Sequence[Any]) -> dict[str, Any]:
+        """Return every number of a length, under the name of every length."""
+        numbers = {
+            name: value for name, value in results[0][0].items() if not isinstance(value, list)
+        }
+        return {
+            f"{name}@{cell}": (cell == str(doc["length"]), value)
+            for name, value in numbers.items()
+            for cell in self._cells
+        }
+
+    def higher_is_better(self) -> dict[str, bool]:
+        """Return for each number whether more is better."""
+        names = (self._measure.metric, "nll")
+        return {f"{name}@{cell}": False for name in names for cell in self._cells}
+
+
+@dataclass(frozen=True)
 class Aggregations:
-    """By the name of a metric, the function from its values to a number."""
+    """By the name of a metric, the function from its values to a number.
+
+    Args:
+        cells: Names of cells.
+    """
+
+    cells: frozenset[str]
 
     def __getitem__(self, metric: str) -> Callable[[Iterable[Any]], float]:
         """Return a cell's mean for ``score@CELL``, else the mean of all documents."""
-        return _mean_of_cell if "@" in metric else mean
+        return _mean_of_cell if metric.rpartition("@")[2] in self.cells else mean
 
 
 def task_manager(lm: Any, **metadata: Any) -> TaskManager:
@@ -145,8 +220,9 @@ def task_manager(lm: Any, **metadata: Any) -> TaskManager:
     )
 
 
-def _mean_of_cell(values: Iterable[tuple[bool, float]]) -> float:
-    return float(mean([one for inside, one in values if inside]))
+def _mean_of_cell(values: Iterable[tuple[bool, float | None]]) -> float:
+    inside = [one for belongs, one in values if belongs and one is not None]
+    return float(mean(inside)) if inside else math.nan
 
 
 def _cells(document: Mapping[str, Any]) -> list[str]:

@@ -183,11 +183,16 @@ def make_measures(tasks: tuple[str, ...], bench: Bench) -> dict[str, Measure]:
     found: dict[str, Measure] = {}
     for label, name, options in parse_tasks(",".join(tasks)):
         for one in GROUPS.get(name, [name]):
-            found[label.replace(name, one, 1)] = _make(one, options, bench)
+            found[label.replace(name, one, 1)] = make_measure(one, options, bench)
     return found
 
 
-def _make(name: str, options: dict[str, Any], bench: Bench) -> Measure:
+def make_measure(name: str, options: dict[str, Any], bench: Bench) -> Measure:
+    """Return the measure of a task.
+
+    Raises:
+        RopeError: If the task or an option is unknown, or something it needs is missing.
+    """
     require_known(name, [*_TEXT_TASKS, *TASKS, *GROUPS])
     if name in _TEXT_TASKS:
         try:
