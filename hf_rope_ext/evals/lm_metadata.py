@@ -92,8 +92,7 @@ def trained_length(metadata: Mapping[str, Any]) -> int:
         )[0].geometry.original_max_position_embeddings
     if trained is None:
         raise RopeError(
-            "lengths as multiples need the model's trained length; give them in tokens, as "
-            "--metadata '{\"lengths\": [1024, 4096]}'."
+            "the model's trained length is not known; say it: --metadata trained_length=4096."
         )
     return int(trained)
 
