@@ -171,10 +171,22 @@ def compare(
     ),
     text: Annotated[Path | None, typer.Option(help="A long UTF-8 text.")] = None,
     output: Annotated[Path, typer.Option(help="Where report and plots go.")] = Path("rope_report"),
-    samples: Annotated[int, typer.Option(min=1, help="Pass keys per length.")] = 50,
+    tasks: Annotated[
+        str,
+        typer.Option(
+            help="Names with commas between; options follow with colons: rope_ppl:stride=64. "
+            "--tasks list shows them."
+        ),
+    ] = "perplexity,passkey",
+    samples: Annotated[
+        int, typer.Option(min=1, help="Questions per length, and per depth where a task has them.")
+    ] = 50,
     windows: Annotated[int, typer.Option(min=1, help="Places perplexity is measured at.")] = 32,
     targets: Annotated[int, typer.Option(min=1, help="Tokens scored at each place.")] = 64,
-    seed: Annotated[int, typer.Option(help="Of the pass keys.")] = 0,
+    seed: Annotated[int, typer.Option(help="Of the questions.")] = 0,
+    max_minutes: Annotated[
+        float | None, typer.Option(help="Stop after this time, with the cells finished by then.")
+    ] = None,
     device: Annotated[str, typer.Option(help="Where the model runs.")] = "cpu",
     dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
     replace: Annotated[
@@ -182,25 +194,30 @@ def compare(
     ] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Measure perplexity and pass key retrieval of methods at several lengths.
+    """Measure methods on tasks at several lengths: perplexity and pass keys unless told.
 
     Interrupted, it goes on where it stopped when it is called again.
     """
     from rich.progress import (
         BarColumn,
-        MofNCompleteColumn,
         Progress,
+        TaskProgressColumn,
         TextColumn,
         TimeRemainingColumn,
     )
 
-    from hf_rope_ext.evals.compare import Cell, Comparison
+    from hf_rope_ext.evals.compare import Comparison
     from hf_rope_ext.evals.compare import compare as run
-    from hf_rope_ext.evals.report import METRICS
+    from hf_rope_ext.evals.journal import Cell
+    from hf_rope_ext.evals.measures import describe_tasks
     from hf_rope_ext.evals.text import read_text
     from hf_rope_ext.loading import load_unpatched
     from hf_rope_ext.planning import text_site
 
+    if tasks == "list":
+        for name, what in describe_tasks().items():
+            print(f"{name:28}{what}")
+        return
     chosen = parse_methods(methods, factor)
     words = read_text(text or _bundled_text(model))
     loaded, tokenizer = load_unpatched(model or _bundled(), device=device, dtype=dtype)
@@ -211,6 +228,7 @@ def compare(
         text=words,
         methods=chosen,
         lengths=parse_lengths(lengths, trained),
+        tasks=(tasks,),
         windows=windows,
         targets=targets,
         samples=samples,
@@ -218,7 +236,7 @@ def compare(
         name=model or "bundled",
         replace=replace,
     )
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
+    columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn())
     progress = Progress(*columns, TimeRemainingColumn(), console=Console(stderr=True))
     bar = progress.add_task("", total=None)
 
@@ -228,7 +246,7 @@ def compare(
         progress.update(bar, description=words, completed=done, total=total)
 
     try:
-        report = run(comparison, output, show)
+        report = run(comparison, output, show, max_minutes)
     finally:
         if progress.live.is_started:
             progress.stop()
@@ -236,9 +254,28 @@ def compare(
     if as_json:
         _print_json({"settings": report.settings, "cells": report.cells})
         return
-    for task in METRICS:
+    for task in report.tasks:
         out.print(report.table(task))
+    if report.missing:
+        every = len(report.missing) + len(report.cells)
+        out.print(
+            f"stopped after {max_minutes:g} minutes with {len(report.cells)} of {every} cells; the "
+            f"same command goes on from there.",
+            highlight=False,
+        )
     out.print("wrote " + ", ".join(map(str, files)), highlight=False, soft_wrap=True)
+
+
+@app.command(
+    "eval",
+    add_help_option=False,
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
+)
+def eval_command(context: typer.Context) -> None:
+    """Run lm-eval on a patched model; takes lm-eval's own arguments."""
+    from hf_rope_ext.evals.launcher import launch
+
+    launch(context.args)
 
 
 @app.command()

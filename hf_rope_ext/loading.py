@@ -18,6 +18,9 @@ ADAPTER_RECORD = "hf_rope_ext.json"
 
 RECORD_VERSION = 1
 
+SOURCE = ("cache_dir", "force_download", "local_files_only", "revision", "subfolder", "token")
+"""Arguments of ``from_pretrained`` that say where files come from."""
+
 
 def load_pretrained(name_or_path: str | Path, **kwargs: Any) -> nn.Module:
     """Load a model, or a PEFT adapter with its base model, patched as it was when saved.
@@ -37,7 +40,7 @@ def load_pretrained(name_or_path: str | Path, **kwargs: Any) -> nn.Module:
         return _load_adapter(Path(name_or_path), **kwargs)
     settings, record = _read_config(name_or_path, **kwargs)
     model = _load_model(name_or_path, settings if record else None, **kwargs)
-    return model if record is None else _apply(model, record)
+    return model if record is None else restore(model, record)
 
 
 def save_pretrained(model: nn.Module, directory: str | Path, **kwargs: Any) -> None:
@@ -111,18 +114,7 @@ def _read_config(
     """Return the settings of a config as before a recorded patch, and the record."""
     from transformers import PreTrainedConfig
 
-    source = {
-        key: kwargs[key]
-        for key in (
-            "cache_dir",
-            "force_download",
-            "local_files_only",
-            "revision",
-            "subfolder",
-            "token",
-        )
-        if key in kwargs
-    }
+    source = {key: kwargs[key] for key in SOURCE if key in kwargs}
     if isinstance(name_or_path, Path) and not name_or_path.is_dir():
         raise RopeError(f"{str(name_or_path)!r} is not a directory.")
     try:
@@ -178,26 +170,47 @@ def _load_model(
 
 def _load_adapter(directory: Path, **kwargs: Any) -> nn.Module:
     """Load an adapter on its base model, which is patched first as the adapter's record says."""
-    from peft import PeftConfig, PeftModel
+    from peft import PeftConfig
 
     base = load_pretrained(PeftConfig.from_pretrained(directory).base_model_name_or_path, **kwargs)
-    path = directory / ADAPTER_RECORD
-    if path.is_file():
-        record = json.loads(path.read_text())
+    return attach_adapter(base, directory)
+
+
+def attach_adapter(base: nn.Module, name_or_path: str | Path, **kwargs: Any) -> nn.Module:
+    """Put a PEFT adapter on its base model, patched as the adapter was trained.
+
+    Args:
+        base: The base model, loaded; it is patched in place.
+        name_or_path: Directory or hub id of the adapter.
+        **kwargs: Passed to peft's ``from_pretrained``.
+
+    Raises:
+        RopeError: If the adapter was trained under another patch than the base model carries.
+    """
+    from peft import PeftModel
+    from transformers.utils import cached_file
+
+    source = {key: kwargs[key] for key in SOURCE if key in kwargs}
+    path = cached_file(
+        str(name_or_path), ADAPTER_RECORD, _raise_exceptions_for_missing_entries=False, **source
+    )
+    if path is not None:
+        record = json.loads(Path(path).read_text())
         _require_known(record, path)
         patch = patch_of(base)
         if patch is None:
-            _apply(base, record)
+            restore(base, record)
         elif (found := patch.resolved.configs[0].attributes[RECORD]) != record:
             raise RopeError(
-                f"the adapter in {str(directory)!r} was trained under {record['method']!r}, but "
+                f"the adapter in {str(name_or_path)!r} was trained under {record['method']!r}, but "
                 f"its base model was saved with {found['method']!r}."
             )
-    model: nn.Module = PeftModel.from_pretrained(base, directory)
+    model: nn.Module = PeftModel.from_pretrained(base, name_or_path, **kwargs)
     return model
 
 
-def _apply(model: nn.Module, record: dict[str, Any]) -> nn.Module:
+def restore(model: nn.Module, record: dict[str, Any]) -> nn.Module:
+    """Patch a model as a record says."""
     return patch_model(
         model,
         recorded_method(record),

@@ -49,10 +49,26 @@ def parse_methods(text: str, factor: float | None) -> dict[str, Method]:
     return methods
 
 
-def _setting(text: str, part: str) -> tuple[str, Any]:
+def parse_tasks(text: str) -> list[tuple[str, str, dict[str, Any]]]:
+    """Return label, name and options of tasks from ``"rope_ppl:stride=64,rope_needle"``.
+
+    Commas within brackets belong to a list: ``"rope_needle:depths=[0,0.5,1]"``.
+
+    Raises:
+        RopeError: If an option is not one.
+    """
+    found = []
+    for part in re.split(r",(?![^\[]*\])", text):
+        name, *settings = part.strip().split(":")
+        options = dict(_setting(setting, part, "tasks", "option") for setting in settings)
+        found.append((part.strip(), name.replace("-", "_"), options))
+    return found
+
+
+def _setting(text: str, part: str, what: str = "methods", kind: str = "knob") -> tuple[str, Any]:
     name, separator, value = text.partition("=")
     if not separator:
-        raise RopeError(f"methods: {part!r}: {text!r} is not knob=value.")
+        raise RopeError(f"{what}: {part!r}: {text!r} is not {kind}=value.")
     try:
         return name, json.loads(value)
     except json.JSONDecodeError:

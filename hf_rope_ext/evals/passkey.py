@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from hf_rope_ext.errors import RopeError
 from hf_rope_ext.evals.scoring import score_last
+from hf_rope_ext.evals.statistics import wilson
 from hf_rope_ext.evals.text import require_tokens, tokenize
 
 SENTENCE = "\nThe pass key is {key}.\n"
@@ -42,6 +43,7 @@ class PasskeyTask:
     prefix: tuple[int, ...] = ()
 
     name = "passkey"
+    metric = "exact"
 
     def __post_init__(self) -> None:
         """Check that the text is long enough."""
@@ -88,7 +90,20 @@ class PasskeyTask:
             right += int(greedy.sum())
             tokens += greedy.numel()
             advance(len(batch))
-        return {"exact": exact / self.samples, "tokens": right / tokens, "samples": self.samples}
+        low, high = wilson(exact / self.samples, self.samples)
+        share = right / tokens
+        return {
+            "exact": exact / self.samples,
+            "tokens": share,
+            "n": self.samples,
+            "low": low,
+            "high": high,
+        }
+
+    def units(self, length: int) -> int:
+        """Return how many samples a length takes, which must have room for them."""
+        self.sample(length, 0)
+        return self.samples
 
     def _sentence(self, draw: random.Random) -> tuple[Tensor, Tensor, Tensor]:
         """Return a sentence with a key, its beginning up to the key, and the key."""

@@ -11,26 +11,53 @@ if TYPE_CHECKING:
 
 def plot_by_length(report: "Report", task: str, path: Path) -> None:
     """Draw one line per method over lengths, with the trained length marked."""
-    from hf_rope_ext.evals.report import TITLES
-
-    lengths = report.settings["lengths"]
+    lengths = report.lengths(task)
     figure = Figure(figsize=(7, 4.2), layout="constrained")
     axes = figure.subplots()
-    for method in report.settings["methods"]:
-        values = [report.value(method, task, length) for length in lengths]
-        axes.plot(lengths, values, marker="o", label=method)
-    axes.axvline(report.settings["model"]["trained_length"], color="gray", linestyle="--")
+    for number, method in enumerate(report.methods):
+        points = report.scores(method, task)
+        color = f"C{number}"
+        axes.plot(list(points), list(points.values()), marker="o", label=method, color=color)
+        if report.is_score(task):
+            found = (report.cell(method, task, length) for length in points)
+            cells = [cell for cell in found if cell is not None]
+            low, high = ([float(cell[end]) for cell in cells] for end in ("low", "high"))
+            axes.fill_between(list(points), low, high, alpha=0.1, color=color, linewidth=0)
+    axes.axvline(report.trained, color="gray", linestyle="--")
     axes.set_xscale("log", base=2)
     axes.set_xticks(lengths, [str(length) for length in lengths])
     axes.minorticks_off()
-    if task == "perplexity":
+    if report.is_score(task):
+        axes.set_ylim(-0.03, 1.03)
+        axes.yaxis.set_major_formatter(lambda share, _: f"{share:.0%}")
+    else:
         axes.set_yscale("log")
         axes.yaxis.set_major_formatter("{x:g}")
-    else:
-        axes.set_ylim(-0.03, 1.03)
     axes.set_xlabel("context length in tokens (dashed: trained length)")
-    axes.set_title(TITLES[task])
+    axes.set_title(report.title(task))
     axes.legend()
+    figure.savefig(path, dpi=120)
+
+
+def plot_by_depth(report: "Report", task: str, path: Path) -> None:
+    """Draw a heat map for each method: score over length and depth."""
+    lengths, depths = report.lengths(task), report.depths(task)
+    count = len(report.methods)
+    figure = Figure(figsize=(max(2.6 * count, 4.5), 3.4), layout="constrained")
+    image: Any = None
+    for axes, method in zip(
+        figure.subplots(1, count, squeeze=False)[0], report.methods, strict=True
+    ):
+        parts = [[report.at_depth(method, task, one, depth) for one in lengths] for depth in depths]
+        grid = [[float("nan") if part is None else part["score"] for part in row] for row in parts]
+        image = axes.imshow(grid, vmin=0, vmax=1, cmap="RdYlGn", aspect="auto")
+        axes.set_xticks(range(len(lengths)), [f"{n / report.trained:g}x" for n in lengths])
+        axes.set_yticks(range(len(depths)), [f"{depth:.0%}" for depth in depths])
+        within = sum(length <= report.trained for length in lengths)
+        axes.axvline(within - 0.5, color="black", linestyle="--")
+        axes.set_title(method)
+    figure.suptitle(f"{task}: depth by length (dashed: trained length {report.trained})")
+    figure.colorbar(image, ax=figure.axes, format=lambda share, _: f"{share:.0%}")
     figure.savefig(path, dpi=120)
 
 

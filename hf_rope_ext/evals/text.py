@@ -42,3 +42,19 @@ def require_tokens(ids: Tensor, needed: int, what: str) -> None:
             f"the text has {len(ids)} tokens, but {what} needs {needed}; give a longer text or "
             f"shorter lengths."
         )
+
+
+def encode(tokenizer: Any, text: str) -> list[int]:
+    """Return the tokens of a prompt with the special ones the tokenizer puts around a text."""
+    ids: list[int] = tokenizer(text, verbose=False)["input_ids"]
+    return ids
+
+
+def encode_pair(tokenizer: Any, context: str, target: str) -> tuple[list[int], int]:
+    """Return the tokens of context and target together, and how many of them are the target.
+
+    Spaces at the context's end are counted to the target, as tokenizers put them before a word.
+    """
+    kept = context.rstrip(" ")
+    whole = encode(tokenizer, context + target)
+    return whole, len(whole) - len(encode(tokenizer, kept))

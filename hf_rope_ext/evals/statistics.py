@@ -1,0 +1,67 @@
+"""What the scores of a grid of cells add up to: intervals, effective lengths, averages."""
+
+import math
+from collections.abc import Mapping
+from statistics import NormalDist
+
+RULER_THRESHOLD = 0.856
+"""Score of Llama-2-7B-chat at 4096 tokens, RULER's bar (arXiv:2404.06654, sec. 4)."""
+
+OWN_SHARE = 0.85
+"""NoLiMa's bar: this share of the model's own base score (arXiv:2502.05167, sec. 4)."""
+
+PASSKEY_BAR = 0.2
+"""Position Interpolation's bar for pass keys (arXiv:2306.15595, sec. 3.3)."""
+
+
+def wilson(share: float, count: int, confidence: float = 0.95) -> tuple[float, float]:
+    """Return Wilson's score interval of a share (Wilson, 1927).
+
+    For scores between 0 and 1 that are not only 0 and 1 it is wider than need be.
+    """
+    z = NormalDist().inv_cdf(0.5 + confidence / 2)
+    middle = share + z * z / (2 * count)
+    spread = z * math.sqrt(share * (1 - share) / count + z * z / (4 * count * count))
+    scale = 1 + z * z / count
+    return max((middle - spread) / scale, 0.0), min((middle + spread) / scale, 1.0)
+
+
+def effective_length(scores: Mapping[int, float], threshold: float = RULER_THRESHOLD) -> int | None:
+    """Return the longest length whose score exceeds the threshold; None if there is none."""
+    return max((length for length, found in scores.items() if found > threshold), default=None)
+
+
+def base_score(scores: Mapping[int, float], trained: int) -> float:
+    """Return the best score within the trained length, or that of the shortest length."""
+    within = [found for length, found in scores.items() if length <= trained]
+    return max(within) if within else scores[min(scores)]
+
+
+def own_effective_length(scores: Mapping[int, float], base: float) -> int | None:
+    """Return the longest length up to which all scores reach 85 % of the base score."""
+    return longest_run(scores, OWN_SHARE * base) if base > 0 else None
+
+
+def k_max(scores: Mapping[int, float]) -> int | None:
+    """Return the longest length up to which all scores are at least 20 %."""
+    return longest_run(scores, PASSKEY_BAR)
+
+
+def longest_run(scores: Mapping[int, float], bar: float) -> int | None:
+    """Return the longest length up to which all scores are at least ``bar``."""
+    reached = None
+    for length in sorted(scores):
+        if scores[length] < bar:
+            break
+        reached = length
+    return reached
+
+
+def weighted_averages(scores: Mapping[int, float]) -> tuple[float, float]:
+    """Return the averages whose weights rise and fall linearly with the length (RULER)."""
+    ordered = [scores[length] for length in sorted(scores)]
+    weights = range(1, len(ordered) + 1)
+    total = sum(weights)
+    rising = sum(weight * found for weight, found in zip(weights, ordered, strict=True)) / total
+    falling = sum(w * found for w, found in zip(reversed(weights), ordered, strict=True)) / total
+    return rising, falling

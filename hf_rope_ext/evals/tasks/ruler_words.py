@@ -1,0 +1,195 @@
+"""RULER's tracing and aggregation tasks: vt, cwe, fwe (arXiv:2404.06654, app. B; NVIDIA/RULER)."""
+
+import math
+import random
+import string
+from dataclasses import dataclass
+from itertools import chain, pairwise
+
+from hf_rope_ext.evals.tasks.base import Draft, Place, Task
+from hf_rope_ext.evals.tasks.lexicon import common_words
+from hf_rope_ext.evals.tasks.prose import NOISE
+from hf_rope_ext.evals.tasks.scorers import string_match_all
+
+SHUFFLE_SEED = 42
+
+
+@dataclass(frozen=True, kw_only=True)
+class MatchAll(Task):
+    """A task scored by the share of answers that occur."""
+
+    def score(self, gold: tuple[str, ...], prediction: str) -> dict[str, float]:
+        """Return the share of answers that occur."""
+        return {"score": string_match_all(prediction, gold)}
+
+
+TRACKING = (
+    "Memorize and track the chain(s) of variable assignment hidden in the following text.\n\n"
+    "{context}\nQuestion: Find all variables that are assigned the value {query} in the text above."
+)
+TRACKING_ANSWER = (
+    " Answer: According to the chain(s) of variable assignment in the text above, {count} "
+    "variables are assigned the value {query}, they are: "
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class VariableTracking(MatchAll):
+    """Name every variable of a chain of assignments; one worked example goes before.
+
+    Args:
+        chains: How many chains are hidden; the first is asked for.
+        hops: Assignments in a chain after the first.
+        example_noise: Lines of noise in the worked example.
+    """
+
+    max_new_tokens: int = 30
+    chains: int = 1
+    hops: int = 4
+    example_noise: int = 5
+
+    smallest = 5
+
+    def draft(self, draw: random.Random, size: int, place: Place) -> Draft:
+        """Return a prompt with ``size`` lines of noise."""
+        prompt, answer, gold = self.question(draw, size, letters=5)
+        shown, shown_answer, shown_gold = self.question(draw, self.example_noise, letters=3)
+        example = f"{shown}{shown_answer} {' '.join(shown_gold)}\n\n\n\n"
+        return Draft(
+            prompt=example + prompt,
+            # no space at the end: it would be a token of its own, which no text has there
+            answer=answer.rstrip(" "),
+            target=" " + " ".join(gold),
+            gold=tuple(gold),
+        )
+
+    def question(
+        self, draw: random.Random, size: int, letters: int
+    ) -> tuple[str, str, tuple[str, ...]]:
+        """Return prompt, beginning of the answer, and the variables of the first chain."""
+        names, chains = draw_chains(draw, self.chains, self.hops, letters)
+        lines = [" ".join(NOISE)] * size
+        for one in chains:
+            places = sorted(draw.sample(range(len(lines)), len(one)))
+            for shift, (at, line) in enumerate(zip(places, one, strict=True)):
+                lines.insert(at + shift, line)
+        value = chains[0][0].split("=")[-1].strip()
+        prompt = TRACKING.format(context="\n".join(lines), query=value)
+        return prompt, TRACKING_ANSWER.format(count=self.hops + 1, query=value), tuple(names[0])
+
+
+def draw_chains(
+    draw: random.Random, chains: int, hops: int, letters: int
+) -> tuple[list[list[str]], list[list[str]]]:
+    """Return the variables and the assignments of each chain, in the order RULER draws them."""
+    count = chains * (hops + 1)
+    names = [_word(draw, string.ascii_uppercase, letters) for _ in range(count)]
+    while len(set(names)) < count:
+        names = list(dict.fromkeys(names))
+        names.append(_word(draw, string.ascii_uppercase, letters))
+    split = [names[first : first + hops + 1] for first in range(0, count, hops + 1)]
+    lines = []
+    for own in split:
+        start = f"VAR {own[0]} = {draw.randrange(10000, 99999)}"
+        steps = [f"VAR {b} = VAR {a} " for a, b in pairwise(own)]
+        lines.append([start, *steps])
+    return split, lines
+
+
+COMMON = (
+    "Below is a numbered list of words. In these words, some appear more often than others. "
+    "Memorize the ones that appear most often.\n{context}\nQuestion: What are the 10 most common "
+    "words in the above list?"
+)
+COMMON_ANSWER = " Answer: The top 10 words that appear most often in the list are:"
+
+
+@dataclass(frozen=True, kw_only=True)
+class CommonWords(MatchAll):
+    """Name the ten words that occur most often in a list; one worked example goes before."""
+
+    max_new_tokens: int = 120
+
+    smallest = 11
+
+    def draft(self, draw: random.Random, size: int, place: Place) -> Draft:
+        """Return a list of ``size`` different words; frequencies are lower under 4096 tokens."""
+        short = place.length < 4096
+        shown, shown_words = word_list(draw, *((20, 3, 1) if short else (40, 10, 3)))
+        listed, gold = word_list(draw, size, *((6, 1) if short else (30, 3)))
+        example = COMMON.format(context=shown) + COMMON_ANSWER + " " + numbered(shown_words)
+        return Draft(
+            prompt=f"{example}\n{COMMON.format(context=listed)}",
+            answer=COMMON_ANSWER,
+            target=" " + numbered(gold),
+            gold=tuple(gold),
+        )
+
+    def largest(self, place: Place) -> int:
+        """Return the number of words there are."""
+        return len(common_words())
+
+
+def word_list(
+    draw: random.Random, count: int, repeats: int, rare_repeats: int, common: int = 10
+) -> tuple[str, list[str]]:
+    """Return a numbered list in which ten of ``count`` words are common, and those."""
+    drawn = draw.sample(common_words(), count)
+    listed = drawn[:common] * repeats + drawn[common:] * rare_repeats
+    random.Random(SHUFFLE_SEED).shuffle(listed)
+    return numbered(listed), drawn[:common]
+
+
+def numbered(words: list[str]) -> str:
+    """Return words as ``1. one 2. two``."""
+    return " ".join(f"{number}. {word}" for number, word in enumerate(words, start=1))
+
+
+FREQUENT = (
+    "Read the following coded text and track the frequency of each coded word. Find the three "
+    "most frequently appeared coded words. {context}\nQuestion: Do not provide any explanation. "
+    "Please ignore the dots '....'. What are the three most frequently appeared words in the above "
+    "coded text?"
+)
+FREQUENT_ANSWER = (
+    " Answer: According to the coded text above, the three most frequently appeared words are:"
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class FrequentWords(MatchAll):
+    """Name the three commonest made-up words, whose frequencies follow 1 / rank ** 2."""
+
+    max_new_tokens: int = 50
+
+    # below this the third and the fourth word can occur equally often
+    smallest = 60
+
+    def draft(self, draw: random.Random, size: int, place: Place) -> Draft:
+        """Return a text of about ``size`` words."""
+        text, gold = coded_text(draw, size, max(place.length // 50, 5))
+        return Draft(
+            prompt=FREQUENT.format(context=text),
+            answer=FREQUENT_ANSWER,
+            target=" " + " ".join(gold),
+            gold=tuple(gold),
+        )
+
+
+def coded_text(draw: random.Random, count: int, vocabulary: int) -> tuple[str, list[str]]:
+    """Return a text of made-up words and the three commonest after the dots."""
+    words = [_word(draw, string.ascii_lowercase, 6) for _ in range(vocabulary)]
+    while len(set(words)) < vocabulary:
+        words.append(_word(draw, string.ascii_lowercase, 6))
+    words = sorted(set(words))
+    random.Random(SHUFFLE_SEED).shuffle(words)
+    words[0] = "..."
+    zeta = math.pi**2 / 6
+    repeated = ([word] * int(count * rank**-2.0 / zeta) for rank, word in enumerate(words, start=1))
+    text = list(chain.from_iterable(repeated))
+    random.Random(SHUFFLE_SEED).shuffle(text)
+    return " ".join(text), words[1:4]
+
+
+def _word(draw: random.Random, alphabet: str, letters: int) -> str:
+    return "".join(draw.choices(alphabet, k=letters))
