@@ -31,11 +31,10 @@ from hf_rope_ext.parsing import parse_methods
 
 METHODS = "none,linear,ntk,ntk_by_parts,yarn"
 FACTOR = 4.0
-# the landmark prompt alone takes 130 to 250 tokens
-LENGTHS = (512, 1024, 2048, 4096)
-SAMPLES, WINDOWS, TARGETS = 2, 8, 64
-BLOCKS = 3
-VOCABULARY, MEMORY_LENGTHS = 150_000, (2048, 4096, 8192)
+# the landmark prompt alone takes some 200 tokens of a small vocabulary
+LENGTHS = (256, 512, 1024, 2048)
+SAMPLES, WINDOWS, TARGETS = 1, 4, 64
+VOCABULARY, MEMORY_LENGTHS = 150_000, (1024, 2048, 4096)
 
 
 def build(model: str, text: Path) -> Comparison:
@@ -183,7 +182,7 @@ def _cpu() -> float:
     return sum(sum(resource.getrusage(one)[:2]) for one in who)
 
 
-def times(model: str, text: Path, with_stock: bool) -> dict[str, Any]:
+def times(model: str, text: Path, with_stock: bool, blocks: int) -> dict[str, Any]:
     """Return the CPU times of each way and their ratios, block by block."""
     comparison = build(model, text)
     data = rows(comparison)
@@ -193,7 +192,7 @@ def times(model: str, text: Path, with_stock: bool) -> dict[str, Any]:
         if with_stock:
             took["stock lm-eval"] = []
             stock_inputs(comparison, Path(name))
-        for _ in range(BLOCKS):
+        for _ in range(blocks):
             took["bare forwards"].append(seconds(lambda: bare(comparison, data)))
             took["hf-rope"].append(seconds(lambda: ours(model, text)))
             took["plain loop"].append(seconds(lambda: plain_loop(comparison)))
@@ -260,18 +259,19 @@ def main() -> None:
     parser.add_argument("--name", default="evaluation", help="of the result file")
     parser.add_argument("--without-stock", action="store_true", help="lm-eval is not installed")
     parser.add_argument("--only", choices=("time", "memory"))
+    parser.add_argument("--blocks", type=int, default=3, help="rounds in which the ways take turns")
     given = parser.parse_args()
     torch.set_num_threads(1)
     results: dict[str, Any] = {}
     if given.only != "memory":
-        results["time"] = times(given.model, given.text, not given.without_stock)
+        results["time"] = times(given.model, given.text, not given.without_stock, given.blocks)
     if given.only != "time":
         results["memory"] = memory()
     assert all(
         math.isfinite(one) for one in results.get("time", {}).get("cpu seconds", {}).values()
     )
     settings = {"methods": METHODS, "lengths": LENGTHS, "samples": SAMPLES, "windows": WINDOWS}
-    path = record(given.name, results, **settings, blocks=BLOCKS, vocabulary=VOCABULARY)
+    path = record(given.name, results, **settings, blocks=given.blocks, vocabulary=VOCABULARY)
     print(path, json.dumps(results, indent=2))
 
 
