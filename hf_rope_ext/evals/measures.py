@@ -202,10 +202,10 @@ def make_measure(name: str, options: dict[str, Any], bench: Bench) -> Measure:
         except TypeError as error:
             reason = str(error).partition("() ")[2]
             raise RopeError(f"{name}: {reason}.") from error
-    samples = options.pop("samples", None)
-    bench = bench if samples is None else replace(bench, samples=samples)
-    make_task(name, **options)
-    return DocumentMeasure(name, bench, options)
+    own = {option: value for option, value in options.items() if option != "samples"}
+    make_task(name, **own)
+    samples = options.get("samples", bench.samples)
+    return DocumentMeasure(name, replace(bench, samples=samples), own)
 
 
 def _perplexity(bench: Bench, tokens: int | None = None, **knobs: Any) -> Measure:
