@@ -22,7 +22,7 @@ from hf_rope_ext.errors import MethodParameterError
 from hf_rope_ext.geometry import Scale
 
 ON_GROWTH = ("rerotate", "error", "freeze")
-GROWTH = 1.25
+GROWTH = 1.1
 """By what an outgrown plan grows where ``buckets`` says nothing."""
 
 
