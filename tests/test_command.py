@@ -114,10 +114,33 @@ def test_compare_writes_a_report_and_goes_on_where_it_stopped(run, model, text, 
         "cells.csv",
         "perplexity.png",
         "passkey.png",
+        "report.html",
     }
     again = run(*words, "--json")
     report = json.loads((tmp_path / "r" / "report.json").read_text())
     assert json.loads(again[1])["cells"] == report["cells"]
+
+
+def test_compare_measures_the_tasks_asked_for_until_its_time_is_up(run, model, text, tmp_path):
+    tasks = "rope_copy,rope_needle:depths=[0,1]:max_new_tokens=4,rope_ppl:stride=200:tokens=900"
+    words = ("compare", model, "--methods", "none", "--lengths", "640", "--tasks", tasks)
+    words = (*words, "--samples", 1, "--text", text, "--output", tmp_path / "r")
+
+    stopped = run(*words, "--max-minutes", "0")
+    status, out, _ = run(*words)
+
+    assert stopped[0] == 0
+    assert "with 0 of 3 cells" in stopped[1]
+    assert status == 0
+    report = json.loads((tmp_path / "r" / "report.json").read_text())
+    assert [cell["task"].partition(":")[0] for cell in report["cells"]] == [
+        "rope_copy",
+        "rope_needle",
+        "rope_ppl",
+    ]
+    assert report["missing"] == []
+    assert "rope_needle" in out
+    assert "rope_ruler_vt" in run("compare", "--tasks", "list")[1]
 
 
 def test_plot_draws_curves(run, model, tmp_path):
@@ -144,6 +167,13 @@ def test_plot_draws_curves(run, model, tmp_path):
         (("compare", "{model}", "--text", "{text}", "--lengths", "900x"), "tokens, but a length"),
         (("compare", "{model}", "--text", "{text}", "--dtype", "int8"), "dtype must be"),
         (("compare", "{model}", "--text", "{text}", "--methods", "yarn:beta"), "not knob=value"),
+        (("compare", "{model}", "--text", "{text}", "--tasks", "rope_paskey"), "Did you mean"),
+        (("compare", "{model}", "--text", "{text}", "--tasks", "rope_ppl:strid=2"), "'strid'"),
+        (("compare", "{model}", "--text", "{text}", "--tasks", "rope_kv:depths"), "not option="),
+        (
+            ("compare", "{model}", "--text", "{text}", "--tasks", "rope_kv", "--lengths", "1x"),
+            "no room for the task",
+        ),
     ],
 )
 def test_an_error_is_one_line_and_exit_status_2(run, model, text, tmp_path, words, message):

@@ -14,7 +14,8 @@ from torch import nn
 from transformers import PreTrainedTokenizerFast
 
 from hf_rope_ext import AlreadyScaledError, RopeError, patch_model
-from hf_rope_ext.evals.compare import Cell, Comparison, compare
+from hf_rope_ext.evals.compare import Comparison, compare
+from hf_rope_ext.evals.journal import Cell
 from hf_rope_ext.evals.passkey import PasskeyTask
 from hf_rope_ext.evals.perplexity import PerplexityTask
 from hf_rope_ext.evals.report import load_report
@@ -245,7 +246,8 @@ def test_every_method_is_measured_at_every_length_and_the_model_is_left_unpatche
     report = compare(asked, on_progress=lambda cell, done, total: steps.append((done, total)))
 
     assert len(report.cells) == 3 * 2 * 2
-    assert steps[-1] == (3 * 2 * (2 + 2), 3 * 2 * (2 + 2))
+    tokens = 3 * (2 + 2) * (64 + 128)
+    assert steps[-1] == (tokens, tokens)
     assert steps == sorted(steps)
     assert all(torch.equal(buffer, before[name]) for name, buffer in asked.model.named_buffers())
     expected = PerplexityTask(tokenize(tokenizer, TEXT), 128, 2, 8, (0,)).measure(
@@ -285,7 +287,13 @@ def test_an_interrupted_comparison_goes_on_where_it_stopped(tokenizer, tmp_path)
 
 @pytest.mark.parametrize(
     "change",
-    [{"seed": 1}, {"lengths": (64,)}, {"text": TEXT + " more"}, {"methods": {"none": NoScaling()}}],
+    [
+        {"seed": 1},
+        {"lengths": (64,)},
+        {"text": TEXT + " more"},
+        {"methods": {"none": NoScaling()}},
+        {"tasks": ("passkey",)},
+    ],
 )
 def test_a_directory_of_another_comparison_is_refused_and_kept(tokenizer, tmp_path, change):
     compare(comparison(tokenizer), tmp_path)
@@ -315,17 +323,19 @@ def test_the_report_says_everything_the_numbers_depend_on(tokenizer, tmp_path):
         "cells.csv",
         "perplexity.png",
         "passkey.png",
+        "report.html",
     ]
     assert all(path.stat().st_size > 0 for path in files)
     content = json.loads((tmp_path / "report.json").read_text())
-    assert content["settings"]["schema_version"] == 1
+    assert content["settings"]["schema_version"] == 2
     assert content["settings"]["methods"]["yarn"]["factor"] == 4.0
     assert content["settings"]["model"]["trained_length"] == TRAINED
     assert len(content["settings"]["model"]["weights_sha256"]) == 64
     assert {"transformers", "torch", "hf_rope_ext", "python"} <= content["environment"].keys()
     with (tmp_path / "cells.csv").open() as file:
         rows = list(csv.DictReader(file))
-    assert len(rows) == len(report.cells)
+    buckets = sum(len(cell.get("buckets", [])) for cell in report.cells)
+    assert len(rows) == len(report.cells) + buckets
     assert load_report(tmp_path) == report
     assert report.table("perplexity").row_count == 3
 

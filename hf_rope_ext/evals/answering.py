@@ -39,7 +39,7 @@ class Row:
 def answer(
     model: nn.Module,
     tokenizer: Any,
-    documents: Sequence[Document],
+    rows: Sequence[Row],
     size: int,
     advance: Callable[[int], None],
 ) -> list[Result]:
@@ -48,14 +48,10 @@ def answer(
     Args:
         model: A causal language model.
         tokenizer: Its tokenizer.
-        documents: What `hf_rope_ext.evals.tasks.build_dataset` returned.
+        rows: Documents as tokens.
         size: Rows of a batch at most.
         advance: Told of every few documents done.
-
-    Raises:
-        RopeError: If a document is longer than it was built for: another tokenizer.
     """
-    rows = [_row(tokenizer, document) for document in documents]
     found: dict[int, Result] = {}
     order = sorted(range(len(rows)), key=lambda number: rows[number].ids)
     shared = Shared(model) if _worth_sharing([rows[number].ids for number in order], size) else None
@@ -90,12 +86,10 @@ class Shared:
         self.crop(begun)
         device = next(self.model.parameters()).device
         rest = torch.tensor([ids[begun:]], device=device)
-        pieces = [*torch.split(rest[:, :-last], PREFILL, dim=1)] if rest.shape[1] > last else []
-        for piece in pieces:
+        while rest.shape[1] - last > PREFILL:
+            piece, rest = rest[:, :PREFILL], rest[:, PREFILL:]
             self.model(input_ids=piece, past_key_values=self.cache, logits_to_keep=1)
-        found = self.model(
-            input_ids=rest[:, -last:], past_key_values=self.cache, logits_to_keep=last
-        )
+        found = self.model(input_ids=rest, past_key_values=self.cache, logits_to_keep=last)
         self.ids = ids
         return found.logits[0]  # type: ignore[no-any-return]
 
@@ -136,7 +130,12 @@ def _rope_types(value: Any) -> set[str]:
     return own.union(*(_rope_types(part) for part in value.values()))
 
 
-def _row(tokenizer: Any, document: Document) -> Row:
+def to_row(tokenizer: Any, document: Document) -> Row:
+    """Return a document, one that `hf_rope_ext.evals.tasks.build_dataset` returned, as tokens.
+
+    Raises:
+        RopeError: If it is longer than it was built for: another tokenizer.
+    """
     asked = document["prompt"] + document["answer"]
     if document["kind"] == "loglikelihood":
         ids, targets = encode_pair(tokenizer, asked, document["target"])
@@ -171,7 +170,7 @@ def _common(one: list[int], two: list[int]) -> int:
     return low
 
 
-def _alike(rows: list[Row], size: int, padded: bool) -> Iterator[list[int]]:
+def _alike(rows: Sequence[Row], size: int, padded: bool) -> Iterator[list[int]]:
     """Yield the numbers of rows that go in one batch, longest first.
 
     Without padding, rows of a batch have one length: a padded row is longer to a method whose

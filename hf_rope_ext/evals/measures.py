@@ -8,7 +8,7 @@ from typing import Any, Protocol
 from torch import Tensor, nn
 
 from hf_rope_ext.errors import RopeError
-from hf_rope_ext.evals.answering import Result, answer
+from hf_rope_ext.evals.answering import Result, Row, answer, to_row
 from hf_rope_ext.evals.passkey import PasskeyTask
 from hf_rope_ext.evals.perplexity import LongPerplexityTask, PerplexityTask
 from hf_rope_ext.evals.statistics import wilson
@@ -126,7 +126,7 @@ class DocumentMeasure:
     name: str
     bench: Bench
     options: dict[str, Any]
-    built: dict[int, list[dict[str, Any]]] = field(default_factory=dict)
+    built: dict[int, list[Row]] = field(default_factory=dict)
 
     metric = "score"
 
@@ -136,35 +136,37 @@ class DocumentMeasure:
 
     def check(self, lengths: tuple[int, ...]) -> None:
         """Raise `RopeError` if a length has no room."""
-        self.documents(min(lengths))
+        self.rows(min(lengths))
 
     def units(self, length: int) -> int:
         """Return how many documents a cell takes."""
         return self.bench.samples * len(make_task(self.name, **self.options).cells())
 
-    def documents(self, length: int) -> list[dict[str, Any]]:
-        """Return the documents of a length."""
+    def rows(self, length: int) -> list[Row]:
+        """Return the documents of a length, as tokens."""
         if length not in self.built:
             bench = self.bench
-            self.built[length] = build_dataset(
+            documents = build_dataset(
                 self.name, bench.tokenizer, [length], bench.samples, bench.seed, **self.options
             )
+            self.built[length] = [to_row(bench.tokenizer, document) for document in documents]
         return self.built[length]
 
     def measure(
         self, model: nn.Module, length: int, size: int, advance: Callable[[int], None]
     ) -> dict[str, Any]:
         """Return the mean score with its interval, and the same for each depth or group."""
-        documents = self.documents(length)
-        results = answer(model, self.bench.tokenizer, documents, size, advance)
+        rows = self.rows(length)
+        results = answer(model, self.bench.tokenizer, rows, size, advance)
         parts: dict[tuple[Any, Any], list[Result]] = {}
-        for document, result in zip(documents, results, strict=True):
-            parts.setdefault((document["depth"], document["group"]), []).append(result)
-        rows = [
+        for row, result in zip(rows, results, strict=True):
+            place = (row.document["depth"], row.document["group"])
+            parts.setdefault(place, []).append(result)
+        table = [
             {"depth": depth, "group": group, **summary(own)}
             for (depth, group), own in parts.items()
         ]
-        return {**summary(results), "parts": rows if len(rows) > 1 else []}
+        return {**summary(results), "parts": table if len(table) > 1 else []}
 
 
 def summary(results: list[Result]) -> dict[str, Any]:
@@ -183,7 +185,7 @@ def make_measures(tasks: tuple[str, ...], bench: Bench) -> dict[str, Measure]:
     found: dict[str, Measure] = {}
     for label, name, options in parse_tasks(",".join(tasks)):
         for one in GROUPS.get(name, [name]):
-            found[label.replace(name, one, 1)] = make_measure(one, options, bench)
+            found[label.replace(name, one, 1)] = make_measure(one, dict(options), bench)
     return found
 
 

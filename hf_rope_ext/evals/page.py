@@ -41,7 +41,8 @@ def _template() -> Any:
 
 def _section(report: Report, task: str) -> dict[str, Any]:
     lengths = report.lengths(task)
-    best = min((v for m in report.methods for v in report.scores(m, task).values()), default=1.0)
+    measured = [v for m in report.methods for v in report.scores(m, task).values()]
+    best = min(measured, default=1.0)
     rows = [
         [_cell(report, method, task, one, best) for one in lengths] for method in report.methods
     ]
@@ -63,7 +64,7 @@ def _section(report: Report, task: str) -> dict[str, Any]:
         "edge": sum(length <= report.trained for length in lengths),
         "rows": list(zip(report.methods, rows, strict=True)),
         "maps": maps if report.depths(task) else [],
-        "chart": _chart(report, task) if len(lengths) > 1 else None,
+        "chart": _chart(report, task) if measured and len(lengths) > 1 else None,
     }
 
 

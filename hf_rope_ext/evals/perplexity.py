@@ -216,7 +216,8 @@ class LongPerplexityTask:
                 targets = length - self.short
                 own = self._long(model, window, targets)
                 judged = own if evaluator is model else self._long(evaluator, window, targets)
-                gain = judged - self._short(evaluator, window, targets)
+                batch = max(size * length // self.short, 1)
+                gain = judged - self._short(evaluator, window, targets, batch)
                 chosen = (gain > self.alpha) & (judged > self.beta)
                 losses += (-own[chosen]).tolist()
                 scored += targets
@@ -228,12 +229,18 @@ class LongPerplexityTask:
     def _long(self, model: nn.Module, window: Tensor, targets: int) -> Tensor:
         return score_last(model, self._row(window)[None], targets).log_probs[0]
 
-    def _short(self, model: nn.Module, window: Tensor, targets: int) -> Tensor:
+    def _short(self, model: nn.Module, window: Tensor, targets: int, size: int) -> Tensor:
         """Return the log-probabilities of the last tokens given the short context only."""
         body = self.short - len(self.prefix)
-        ends = [*range(len(window) - targets, len(window), max(body // 4, 1)), len(window)]
-        rows = [(self._row(window[end - body : end]), end - done) for done, end in pairwise(ends)]
-        found = [score_last(model, row[None], new).log_probs[0] for row, new in rows]
+        step = max(body // 4, 1)
+        ends = [*range(len(window) - targets, len(window), step), len(window)]
+        *full, (done, last) = pairwise(ends)
+        found = []
+        for first in range(0, len(full), size):
+            rows = [self._row(window[end - body : end]) for _, end in full[first : first + size]]
+            found.append(score_last(model, torch.stack(rows), step).log_probs.flatten())
+        row = self._row(window[last - body : last])
+        found.append(score_last(model, row[None], last - done).log_probs[0])
         return torch.cat(found)
 
     def _row(self, body: Tensor) -> Tensor:

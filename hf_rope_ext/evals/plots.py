@@ -30,7 +30,7 @@ def plot_by_length(report: "Report", task: str, path: Path) -> None:
     if report.is_score(task):
         axes.set_ylim(-0.03, 1.03)
         axes.yaxis.set_major_formatter(lambda share, _: f"{share:.0%}")
-    else:
+    elif any(report.scores(method, task) for method in report.methods):
         axes.set_yscale("log")
         axes.yaxis.set_major_formatter("{x:g}")
     axes.set_xlabel("context length in tokens (dashed: trained length)")

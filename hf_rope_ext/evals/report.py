@@ -3,6 +3,7 @@
 import csv
 import json
 import platform
+import re
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
@@ -63,8 +64,12 @@ class Report:
 
     def title(self, task: str) -> str:
         """Return a task's name in words."""
-        better = "score (higher is better)" if self.is_score(task) else "(lower is better)"
-        return TITLES.get(task, f"{task} {better}")
+        name, _, options = task.partition(":")
+        better = (
+            "score (higher is better)" if self.is_score(task) else "perplexity (lower is better)"
+        )
+        title = TITLES.get(name, f"{name}: {better}")
+        return f"{title}, {options.replace(':', ', ')}" if options else title
 
     def lengths(self, task: str) -> list[int]:
         """Return the lengths a task is measured at."""
@@ -186,7 +191,7 @@ class Report:
             return []
         paths = []
         for task in self.tasks:
-            name = "".join(letter if letter.isalnum() else "_" for letter in task)
+            name = re.sub(r"\W+", "_", task).strip("_")
             paths.append(directory / f"{name}.png")
             plot_by_length(self, task, paths[-1])
             if self.depths(task):

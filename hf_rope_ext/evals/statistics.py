@@ -23,7 +23,8 @@ def wilson(share: float, count: int, confidence: float = 0.95) -> tuple[float, f
     middle = share + z * z / (2 * count)
     spread = z * math.sqrt(share * (1 - share) / count + z * z / (4 * count * count))
     scale = 1 + z * z / count
-    return max((middle - spread) / scale, 0.0), min((middle + spread) / scale, 1.0)
+    # rounding must not put a share of 0 or 1 outside its own interval
+    return min((middle - spread) / scale, share), max((middle + spread) / scale, share)
 
 
 def effective_length(scores: Mapping[int, float], threshold: float = RULER_THRESHOLD) -> int | None:

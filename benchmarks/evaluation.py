@@ -1,0 +1,279 @@
+"""What an evaluation costs beside the forwards it needs, a plain loop and stock lm-eval.
+
+Run it as ``python benchmarks/evaluation.py [MODEL TEXT]``; the bundled model and text are taken if
+none are given. Part ``time`` runs 5 methods x 4 lengths x 5 depths of pass keys and perplexity in
+four ways, in turns; part ``memory`` measures the peak of scoring a window at a vocabulary of 150k.
+The ways are processes of their own where start-up is part of what a user waits for.
+"""
+
+import argparse
+import json
+import math
+import os
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from recording import record
+
+from hf_rope_ext import patched
+from hf_rope_ext.assets import DIRECTORY, TEXT
+from hf_rope_ext.evals.compare import Comparison, compare
+from hf_rope_ext.evals.tasks import build_dataset
+from hf_rope_ext.evals.text import encode_pair, read_text, tokenize
+from hf_rope_ext.loading import load_unpatched
+from hf_rope_ext.parsing import parse_methods
+
+METHODS = "none,linear,ntk,ntk_by_parts,yarn"
+FACTOR = 4.0
+# the landmark prompt alone takes some 200 tokens of a small vocabulary
+LENGTHS = (256, 512, 1024, 2048)
+SAMPLES, WINDOWS, TARGETS = 1, 4, 64
+VOCABULARY, MEMORY_LENGTHS = 150_000, (1024, 2048, 4096)
+
+
+def build(model: str, text: Path) -> Comparison:
+    """Return the comparison that every way has to do."""
+    loaded, tokenizer = load_unpatched(model, device="cpu", dtype="float32")
+    return Comparison(
+        model=loaded.eval(),
+        tokenizer=tokenizer,
+        text=read_text(text),
+        methods=parse_methods(METHODS, FACTOR),
+        lengths=LENGTHS,
+        tasks=("perplexity", "rope_passkey_ll"),
+        samples=SAMPLES,
+        windows=WINDOWS,
+        targets=TARGETS,
+    )
+
+
+def rows(comparison: Comparison) -> dict[int, list[tuple[list[int], int]]]:
+    """Return, by length, the token rows that the cells are about and their targets."""
+    tokenizer = comparison.tokenizer
+    ids = tokenize(tokenizer, comparison.text)
+    found = {}
+    for length in LENGTHS:
+        documents = build_dataset("rope_passkey_ll", tokenizer, [length], SAMPLES, comparison.seed)
+        found[length] = [
+            encode_pair(tokenizer, d["prompt"] + d["answer"], d["target"]) for d in documents
+        ]
+        ends = torch.linspace(max(LENGTHS), len(ids), WINDOWS, dtype=torch.float64).round().long()
+        found[length] += [(ids[end - length : end].tolist(), TARGETS) for end in ends.tolist()]
+    return found
+
+
+@torch.inference_mode()
+def bare(comparison: Comparison, data: dict[int, list[tuple[list[int], int]]]) -> None:
+    """Run one forward per row and no more."""
+    for method in comparison.methods.values():
+        with patched(comparison.model, method) as model:
+            for rows_of_length in data.values():
+                for ids, targets in rows_of_length:
+                    model(
+                        input_ids=torch.tensor([ids]), use_cache=False, logits_to_keep=targets + 1
+                    )
+
+
+@torch.inference_mode()
+def plain_loop(comparison: Comparison) -> None:
+    """Do what a script does: build at every method, all logits, and generate the answers."""
+    tokenizer = comparison.tokenizer
+    ids = tokenize(tokenizer, comparison.text)
+    for method in comparison.methods.values():
+        with patched(comparison.model, method) as model:
+            for length in LENGTHS:
+                for document in build_dataset("rope_passkey", tokenizer, [length], SAMPLES):
+                    prompt = tokenizer(document["prompt"] + document["answer"], return_tensors="pt")
+                    model.generate(
+                        input_ids=prompt["input_ids"],
+                        attention_mask=prompt["attention_mask"],
+                        max_new_tokens=document["max_new_tokens"],
+                        do_sample=False,
+                        pad_token_id=0,
+                    )
+                for end in torch.linspace(max(LENGTHS), len(ids), WINDOWS).long().tolist():
+                    window = ids[None, end - length : end]
+                    logits = model(input_ids=window).logits[0, :-1].float()
+                    torch.log_softmax(logits, -1)[-TARGETS:].gather(-1, window[0, -TARGETS:, None])
+
+
+def ours(model: str, text: Path) -> None:
+    """Do it with `compare`, in this process."""
+    compare(build(model, text))
+
+
+STOCK = """
+import json, sys, logging
+from lm_eval import simple_evaluate
+from lm_eval.models.huggingface import HFLM
+from lm_eval.tasks import TaskManager
+from datasets import Dataset
+import datasets
+directory, path = sys.argv[1:]
+def test(name):
+    rows = [json.loads(line) for line in open(f"{path}/{name}.jsonl")]
+    return lambda **_: {"test": Dataset.from_list(rows)}
+common = {"test_split": "test", "dataset_path": "", "num_fewshot": 0}
+keys = {**common, "task": "keys", "custom_dataset": test("keys"), "output_type": "generate_until",
+        "doc_to_text": "{{prompt}}", "doc_to_target": "{{gold}}",
+        "generation_kwargs": {"until": [], "max_gen_toks": 10, "do_sample": False},
+        "metric_list": [{"metric": "exact_match"}]}
+windows = {**common, "task": "windows", "custom_dataset": test("windows"),
+           "output_type": "loglikelihood", "doc_to_text": "{{context}}",
+           "doc_to_target": "{{target}}", "target_delimiter": "",
+           "metric_list": [{"metric": "perplexity"}]}
+manager = TaskManager(include_defaults=False)
+lm = HFLM(pretrained=directory, batch_size=1, device="cpu")
+simple_evaluate(lm, tasks=[keys, windows], task_manager=manager, bootstrap_iters=0)
+"""
+
+
+def stock_inputs(comparison: Comparison, folder: Path) -> None:
+    """Write the documents and each method's model for stock lm-eval."""
+    tokenizer = comparison.tokenizer
+    documents = build_dataset("rope_passkey", tokenizer, LENGTHS, SAMPLES)
+    ids = tokenize(tokenizer, comparison.text)
+    keys = [{"prompt": d["prompt"] + d["answer"], "gold": d["gold"][0]} for d in documents]
+    ends = torch.linspace(max(LENGTHS), len(ids), WINDOWS).long().tolist()
+    windows = [
+        {
+            "context": tokenizer.decode(ids[end - length : end - TARGETS]),
+            "target": tokenizer.decode(ids[end - TARGETS : end]),
+        }
+        for length in LENGTHS
+        for end in ends
+    ]
+    for name, data in (("keys", keys), ("windows", windows)):
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(one) + "\n" for one in data))
+    for label, method in comparison.methods.items():
+        with patched(comparison.model, method) as model:
+            # room for the longest prompt, so that nothing is cut
+            model.config.max_position_embeddings = 2 * max(LENGTHS)
+            model.save_pretrained(folder / label)
+            tokenizer.save_pretrained(folder / label)
+
+
+def stock(comparison: Comparison, folder: Path) -> None:
+    """Do it with stock lm-eval: one process per method, as its command line has it."""
+    for label in comparison.methods:
+        subprocess.run(
+            [sys.executable, "-c", STOCK, str(folder / label), str(folder)],
+            check=True,
+            capture_output=True,
+            env={**os.environ, "TQDM_DISABLE": "1"},
+        )
+
+
+def seconds(call: Any) -> float:
+    """Return the CPU time of a call and of the processes it started."""
+    before = _cpu()
+    call()
+    return _cpu() - before
+
+
+def _cpu() -> float:
+    who = (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)
+    return sum(sum(resource.getrusage(one)[:2]) for one in who)
+
+
+def times(model: str, text: Path, with_stock: bool, blocks: int) -> dict[str, Any]:
+    """Return the CPU times of each way and their ratios, block by block."""
+    comparison = build(model, text)
+    data = rows(comparison)
+    took: dict[str, list[float]] = {"bare forwards": [], "hf-rope": [], "plain loop": []}
+    ours(model, text)
+    with tempfile.TemporaryDirectory() as name:
+        if with_stock:
+            took["stock lm-eval"] = []
+            stock_inputs(comparison, Path(name))
+        for _ in range(blocks):
+            took["bare forwards"].append(seconds(lambda: bare(comparison, data)))
+            took["hf-rope"].append(seconds(lambda: ours(model, text)))
+            took["plain loop"].append(seconds(lambda: plain_loop(comparison)))
+            if with_stock:
+                took["stock lm-eval"].append(seconds(lambda: stock(comparison, Path(name))))
+
+    def ratio(one: str, other: str) -> float:
+        pairs = zip(took[one], took[other], strict=True)
+        return statistics.median(a / b for a, b in pairs)
+
+    found: dict[str, Any] = {
+        "cpu seconds": {way: statistics.median(times) for way, times in took.items()},
+        "hf-rope over bare forwards": ratio("hf-rope", "bare forwards"),
+        "plain loop over hf-rope": ratio("plain loop", "hf-rope"),
+    }
+    if with_stock:
+        found["stock lm-eval over hf-rope"] = ratio("stock lm-eval", "hf-rope")
+    return found
+
+
+MEMORY = """
+import resource, sys, torch
+from transformers import LlamaConfig, LlamaForCausalLM
+from hf_rope_ext.evals.perplexity import PerplexityTask
+way, length, vocabulary = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
+model = LlamaForCausalLM(LlamaConfig(vocab_size=vocabulary, hidden_size=64, intermediate_size=64,
+    num_hidden_layers=2, num_attention_heads=4, max_position_embeddings=length)).eval()
+ids = torch.randint(0, vocabulary, (length,))
+model(input_ids=ids[None, :64], logits_to_keep=1)
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+if way == "full":
+    with torch.inference_mode():
+        logits = model(input_ids=ids[None], use_cache=False).logits[0, :-1].float()
+        torch.log_softmax(logits, -1).gather(-1, ids[1:, None]).sum()
+else:
+    PerplexityTask(ids, length, mode="disjoint").measure(model, length, 1, lambda done: None)
+print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
+"""
+
+
+def memory() -> dict[str, Any]:
+    """Return the peak memory that scoring a whole window adds, in MiB."""
+    found: dict[str, Any] = {}
+    for length in MEMORY_LENGTHS:
+        added = {}
+        for way in ("full", "ours"):
+            words = [sys.executable, "-c", MEMORY, way, str(length), str(VOCABULARY)]
+            done = subprocess.run(words, capture_output=True, text=True, check=True)
+            added[way] = float(done.stdout)
+        found[str(length)] = {
+            "full logits MiB": added["full"],
+            "hf-rope MiB": added["ours"],
+            "share": added["ours"] / added["full"],
+            "logits alone MiB": length * VOCABULARY * 4 / 2**20,
+        }
+    return found
+
+
+def main() -> None:
+    """Measure and write the result."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("model", nargs="?", default=str(DIRECTORY))
+    parser.add_argument("text", nargs="?", type=Path, default=TEXT)
+    parser.add_argument("--name", default="evaluation", help="of the result file")
+    parser.add_argument("--without-stock", action="store_true", help="lm-eval is not installed")
+    parser.add_argument("--only", choices=("time", "memory"))
+    parser.add_argument("--blocks", type=int, default=3, help="rounds in which the ways take turns")
+    given = parser.parse_args()
+    torch.set_num_threads(1)
+    results: dict[str, Any] = {}
+    if given.only != "memory":
+        results["time"] = times(given.model, given.text, not given.without_stock, given.blocks)
+    if given.only != "time":
+        results["memory"] = memory()
+    assert all(
+        math.isfinite(one) for one in results.get("time", {}).get("cpu seconds", {}).values()
+    )
+    settings = {"methods": METHODS, "lengths": LENGTHS, "samples": SAMPLES, "windows": WINDOWS}
+    path = record(given.name, results, **settings, blocks=given.blocks, vocabulary=VOCABULARY)
+    print(path, json.dumps(results, indent=2))
+
+
+if __name__ == "__main__":
+    main()

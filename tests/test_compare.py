@@ -1,0 +1,503 @@
+"""The engine behind `compare` and `evaluate`: models that cheat by design, reports, trouble."""
+
+import errno
+import html.parser
+import json
+import math
+import random
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from conftest import tiny_llama
+from test_evals import TEXT, make_tokenizer, wide_llama
+from torch import nn
+
+from hf_rope_ext import RopeError, patch_model, patched
+from hf_rope_ext.evals.answering import Shared, answer, to_row
+from hf_rope_ext.evals.compare import Comparison, compare, evaluate
+from hf_rope_ext.evals.measures import Bench, make_measures
+from hf_rope_ext.evals.report import Report, load_report
+from hf_rope_ext.evals.statistics import (
+    base_score,
+    effective_length,
+    k_max,
+    own_effective_length,
+    weighted_averages,
+    wilson,
+)
+from hf_rope_ext.evals.tasks import build_dataset
+from hf_rope_ext.evals.text import encode
+from hf_rope_ext.methods import Linear, NoScaling, Yarn
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return make_tokenizer()
+
+
+def nothing(done):
+    pass
+
+
+class Scripted(nn.Module):
+    """Continues as the same words went on before, among the last tokens it sees."""
+
+    def __init__(self, sees):
+        super().__init__()
+        self.sees = sees
+        self.weight = nn.Parameter(torch.zeros(1))
+
+    def forward(self, input_ids, use_cache=None, logits_to_keep=0):
+        rows = [
+            [
+                self.next(tokens[: end + 1])
+                for end in range(len(tokens) - logits_to_keep, len(tokens))
+            ]
+            for tokens in input_ids.tolist()
+        ]
+        return SimpleNamespace(logits=nn.functional.one_hot(torch.tensor(rows), 512).float())
+
+    def generate(self, input_ids, attention_mask, generation_config):
+        rows = [
+            row[kept.bool()].tolist() for row, kept in zip(input_ids, attention_mask, strict=True)
+        ]
+        new = [[] for _ in rows]
+        for number, row in enumerate(rows):
+            for _ in range(generation_config.max_new_tokens):
+                new[number].append(self.next(row + new[number]))
+        return torch.cat((input_ids, torch.tensor(new)), dim=1)
+
+    def next(self, tokens):
+        """The token after the last place where the longest possible ending stood before."""
+        visible = tokens[-self.sees :]
+        best, found = 2, 0
+        for start in range(len(visible) - 1):
+            length = 0
+            while (
+                length < 30 and length <= start and visible[start - length] == visible[-1 - length]
+            ):
+                length += 1
+            if length > best:
+                best, found = length, visible[start + 1]
+        return found
+
+
+def grid(model, tokenizer, spec, length, samples=1):
+    """Score by depth of one cell."""
+    bench = Bench(tokenizer, "", length, 64, samples=samples, seed=1)
+    (measure,) = make_measures((spec,), bench).values()
+    cell = measure.measure(model, length, 4, nothing)
+    scores = {part["depth"]: part["score"] for part in cell["parts"]}
+    return scores, [row.document for row in measure.rows(length)]
+
+
+@pytest.mark.parametrize("name", ["rope_passkey_ll", "rope_passkey", "rope_needle"])
+def test_a_model_that_sees_all_finds_all_and_one_that_forgets_only_what_it_sees(tokenizer, name):
+    length, sees = 1000, 350
+    everything, documents = grid(Scripted(10**6), tokenizer, name, length)
+    recent, _ = grid(Scripted(sees), tokenizer, name, length)
+
+    visible = {}
+    for document in documents:
+        text = document["prompt"] + document["answer"]
+        needle = document["gold"][0]
+        after = len(encode(tokenizer, text[text.index(needle) :]))
+        assert abs(after - sees) > 40, "the grid must not have a needle at the edge of sight"
+        visible[document["depth"]] = float(after < sees)
+    assert everything == dict.fromkeys(visible, 1.0)
+    assert recent == visible
+    assert 0 < sum(visible.values()) < len(visible)
+
+
+def test_a_random_model_finds_nothing(tokenizer):
+    for name in ("rope_passkey_ll", "rope_kv:max_new_tokens=8"):
+        scores, _ = grid(wide_llama(), tokenizer, name, 700)
+        assert set(scores.values()) == {0.0}
+
+
+# shared beginnings
+
+
+def results(model, tokenizer, documents, size):
+    rows = [to_row(tokenizer, document) for document in documents]
+    return answer(model, tokenizer, rows, size, nothing)
+
+
+@pytest.mark.parametrize("name", ["rope_passkey_ll", "rope_passkey", "rope_cot_chain_maj"])
+def test_shared_beginnings_change_no_answer(tokenizer, name, monkeypatch):
+    options = {"max_new_tokens": 6} if name == "rope_cot_chain_maj" else {"depths": [0.3, 0.6, 1.0]}
+    documents = build_dataset(name, tokenizer, [420], samples=2, seed=3, **options)
+    model = patch_model(wide_llama(), "yarn", factor=8)
+    texts = []
+    batch_decode = tokenizer.batch_decode
+
+    def keep(*inputs, **named):
+        texts.append(batch_decode(*inputs, **named))
+        return texts[-1]
+
+    monkeypatch.setattr(tokenizer, "batch_decode", keep, raising=False)
+    monkeypatch.setattr("hf_rope_ext.evals.answering._worth_sharing", lambda rows, size: True)
+    monkeypatch.setattr("hf_rope_ext.evals.answering.PREFILL", 100)
+    shared = results(model, tokenizer, documents, 1)
+    generated, texts[:] = sorted(map(tuple, texts)), []
+    monkeypatch.setattr("hf_rope_ext.evals.answering._worth_sharing", lambda rows, size: False)
+    plain = results(model, tokenizer, documents, 1)
+
+    for one, other in zip(shared, plain, strict=True):
+        assert one == pytest.approx(other, rel=1e-4)
+    assert generated == sorted(map(tuple, texts))
+
+
+def test_a_shared_beginning_runs_once(tokenizer):
+    documents = build_dataset("rope_passkey_ll", tokenizer, [800], samples=4, seed=3)
+    model = patch_model(wide_llama(), "yarn", factor=16)
+    ran = []
+    model.model.layers[0].register_forward_pre_hook(
+        lambda module, inputs, named: ran.append(inputs[0].shape[1]), with_kwargs=True
+    )
+
+    results(model, tokenizer, documents, 1)
+
+    rows = sorted(encode(tokenizer, d["prompt"] + d["answer"] + d["target"]) for d in documents)
+    edges = {tuple(row[: end + 1]) for row in rows for end in range(len(row))}
+    # each different beginning once, and the few tokens whose logits are asked for again
+    assert len(edges) <= sum(ran) <= len(edges) + 8 * len(rows)
+    assert sum(ran) < 0.75 * sum(map(len, rows))
+
+
+def test_frequencies_that_follow_the_length_share_nothing(tokenizer):
+    documents = build_dataset("rope_passkey_ll", tokenizer, [420], samples=1, seed=3)
+    model = patch_model(wide_llama(), "dynamic_yarn", factor=8)
+
+    assert not Shared(model).usable
+    alone = [results(model, tokenizer, [one], 1)[0] for one in documents]
+    for one, other in zip(results(model, tokenizer, documents, 8), alone, strict=True):
+        assert one == pytest.approx(other, rel=1e-4)
+    assert Shared(wide_llama()).usable
+    assert not Shared(tiny_llama({"rope_type": "dynamic", "factor": 2.0})).usable
+
+
+def test_batches_of_unlike_rows_score_as_single_ones(tokenizer):
+    model = patch_model(wide_llama(), "linear", factor=8)
+    documents = [
+        *build_dataset("rope_copy", tokenizer, [200, 300], samples=2),
+        *build_dataset("rope_sort", tokenizer, [250], samples=2),
+    ]
+
+    together = results(model, tokenizer, documents, 6)
+
+    for one, document in zip(together, documents, strict=True):
+        assert one == pytest.approx(results(model, tokenizer, [document], 1)[0], rel=1e-4)
+
+
+def test_samples_depend_on_the_seed_alone_and_leave_the_generator_alone(tokenizer):
+    documents = build_dataset("rope_cot_chain_maj", tokenizer, [500], samples=1, max_new_tokens=4)
+    before = torch.get_rng_state()
+
+    first = results(wide_llama(), tokenizer, documents, 1)
+
+    torch.manual_seed(77)
+    assert results(wide_llama(), tokenizer, documents, 1) == first
+    torch.manual_seed(0)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+# evaluate and compare
+
+
+def test_a_length_beyond_what_the_model_reads_is_refused_unless_asked_for(tokenizer):
+    ask = {"tokenizer": tokenizer, "tasks": ["rope_copy"], "samples": 1}
+
+    with pytest.raises(RopeError, match=r"128 is beyond the 64 positions.*factor=2"):
+        evaluate(wide_llama(), lengths=["2x"], **ask)
+    with patched(wide_llama(), "yarn", factor=2) as model:
+        found = evaluate(model, lengths=["2x"], **ask)
+    assert [cell["length"] for cell in found.cells] == [128]
+    assert found.methods == ["yarn"]
+    assert evaluate(wide_llama(), lengths=["2x"], beyond=True, **ask).cells
+
+
+def small(tokenizer, **changes):
+    settings = {
+        "model": wide_llama(),
+        "tokenizer": tokenizer,
+        "text": TEXT,
+        "methods": {"none": NoScaling(), "yarn": Yarn(8)},
+        "lengths": (420, 600),
+        "tasks": (
+            "rope_passkey_ll:depths=[0,1]",
+            "rope_add",
+            "rope_short",
+            "rope_longppl:windows=1:short=100",
+        ),
+        "windows": 2,
+        "samples": 2,
+    }
+    return Comparison(**{**settings, **changes})
+
+
+@pytest.fixture(scope="module")
+def report(tokenizer):
+    torch.manual_seed(0)
+    return compare(small(tokenizer))
+
+
+def test_every_task_has_its_cells_and_compare_equals_evaluate(tokenizer, report):
+    assert len(report.cells) == 2 * (2 + 2 + 1 + 2)
+    assert report.lengths("rope_short") == [64]
+    with patched(wide_llama(), Yarn(8)) as model:
+        alone = evaluate(
+            model,
+            tokenizer,
+            ["rope_passkey_ll:depths=[0,1]", "rope_add"],
+            [420],
+            samples=2,
+            seed=0,
+        )
+    for cell in alone.cells:
+        assert report.cell("yarn", cell["task"], 420) == cell
+
+
+def test_numbers_are_the_means_of_documents_with_their_interval(tokenizer, report):
+    label = "rope_add"
+    documents = build_dataset("rope_add", tokenizer, [420], samples=2, seed=0)
+    with patched(wide_llama(), Yarn(8)) as model:
+        scores = [one["score"] for one in results(model, tokenizer, documents, 1)]
+    cell = report.cell("yarn", label, 420)
+
+    assert cell["n"] == 4
+    assert cell["score"] == sum(scores) / 4
+    assert (cell["low"], cell["high"]) == wilson(cell["score"], 4)
+    assert {part["group"]: part["n"] for part in cell["parts"]} == {"inside": 2, "beyond": 2}
+
+
+def test_the_time_limit_keeps_what_is_finished_and_the_next_run_goes_on(
+    tokenizer, report, tmp_path, monkeypatch
+):
+    clock = iter(range(0, 10_000, 10))
+    monkeypatch.setattr(
+        "hf_rope_ext.evals.compare.time", SimpleNamespace(monotonic=lambda: next(clock))
+    )
+
+    cut = compare(small(tokenizer), tmp_path, max_minutes=1.5)
+
+    assert 0 < len(cut.cells) < len(report.cells)
+    assert len(cut.cells) + len(cut.missing) == len(report.cells)
+    assert (
+        "not\nreached in time"
+        in next(p for p in cut.save(tmp_path) if p.suffix == ".html").read_text()
+    )
+    assert load_report(tmp_path) == cut
+    assert compare(small(tokenizer), tmp_path).cells == report.cells
+
+
+def test_a_full_disk_is_one_error_and_finished_cells_are_kept(tokenizer, tmp_path, monkeypatch):
+    written = []
+    open_path = Path.open
+
+    def open_or_fail(self, mode="r", *inputs, **named):
+        if self.name == "cells.jsonl" and mode == "a":
+            if len(written) == 2:
+                raise OSError(errno.ENOSPC, "No space left on device")
+            written.append(1)
+        return open_path(self, mode, *inputs, **named)
+
+    monkeypatch.setattr(Path, "open", open_or_fail)
+    with pytest.raises(RopeError, match=r"No space left on device\. Finished cells are kept"):
+        compare(small(tokenizer), tmp_path)
+
+    monkeypatch.undo()
+    again = []
+    compare(small(tokenizer), tmp_path, lambda cell, done, total: again.append(cell))
+    lines = (tmp_path / "cells.jsonl").read_text().splitlines()
+    kept = [json.loads(line)["cell"] for line in lines[1:3]]
+    assert not [cell for cell in again if vars(cell) in kept]
+
+
+class Page(html.parser.HTMLParser):
+    def __init__(self, text):
+        super().__init__()
+        self.links, self.open, self.words = [], [], []
+        self.feed(text)
+
+    def handle_starttag(self, tag, attributes):
+        self.links += [v for name, v in attributes if name in ("src", "href", "xlink:href")]
+        if tag not in ("meta", "line", "polyline", "br", "link"):
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attributes):
+        self.links += [v for name, v in attributes if name in ("src", "href", "xlink:href")]
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        self.words.append(data)
+
+
+def test_the_page_needs_no_network_and_names_everything(tokenizer, report, tmp_path):
+    named = json.loads(json.dumps(report.settings))
+    named["model"]["name"] = "<script>alert(1)</script>"
+    files = Report(named, report.environment, report.cells).save(tmp_path)
+    text = (tmp_path / "report.html").read_text()
+
+    page = Page(text)
+    words = " ".join(" ".join(page.words).split())
+
+    assert page.links == []
+    assert page.open == []
+    assert "url(" not in text
+    assert "@import" not in text
+    assert "<script" not in text
+    for part in ("none", "yarn", "<script>alert(1)</script>", "420", "rope_longppl", "Depth"):
+        assert part in words
+    assert {path.name for path in files} >= {
+        "rope_passkey_ll_depths_0_1.png",
+        "rope_passkey_ll_depths_0_1_depths.png",
+        "rope_short.png",
+    }
+
+
+def fake(scores, methods=("none", "yarn"), task="rope_kv", trained=4096):
+    cells = [
+        {"method": m, "task": task, "length": n, "score": v, "n": 10, "low": 0.0, "high": 1.0}
+        for m in methods
+        for n, v in scores[m].items()
+    ]
+    settings = {
+        "model": {"trained_length": trained},
+        "methods": {m: {"name": m} for m in methods},
+        "tasks": {task: "score"},
+        "lengths": sorted(scores[methods[0]]),
+    }
+    return Report(settings, {}, cells)
+
+
+def test_the_summary_says_how_far_a_method_reads():
+    report = fake(
+        {
+            "none": {2048: 0.9, 4096: 1.0, 8192: 0.1, 16384: 0.0},
+            "yarn": {2048: 0.95, 4096: 0.9, 8192: 0.86, 16384: 0.3},
+        }
+    )
+
+    found = report.summary()["rope_kv"]
+
+    assert found["none"] == {"effective_length": 4096, "own_effective_length": 4096, "k_max": 4096}
+    assert found["yarn"] == {"effective_length": 8192, "own_effective_length": 8192, "k_max": 16384}
+
+
+# statistics
+
+
+@pytest.mark.parametrize("share", [0.0, 0.3, 0.5, 1.0])
+@pytest.mark.parametrize("count", [1, 10, 500])
+def test_intervals_are_wilsons(share, count):
+    """Its ends are the p at which (share - p)**2 = z**2 p (1 - p) / n."""
+    z = 1.959963984540054
+    for end in wilson(share, count):
+        assert (share - end) ** 2 == pytest.approx(z * z * end * (1 - end) / count, abs=1e-12)
+    low, high = wilson(share, count)
+    assert 0 <= low <= share <= high <= 1
+
+
+def test_intervals_are_scipys():
+    stats = pytest.importorskip("scipy.stats")
+    for hits, count in ((0, 10), (3, 10), (10, 10), (77, 500)):
+        expected = stats.binomtest(hits, count).proportion_ci(method="wilson")
+        assert wilson(hits / count, count) == pytest.approx(tuple(expected), abs=1e-12)
+
+
+LENGTHS = [4096, 8192, 16384, 32768, 65536, 131072]
+
+
+@pytest.mark.parametrize(
+    ("row", "effective", "rising", "falling"),
+    [
+        # Llama-3.1-70B and GPT-4-1106 in the README of NVIDIA/RULER
+        ([96.5, 95.8, 95.4, 94.8, 88.4, 66.6], 65536, 85.5, 93.7),
+        ([96.6, 96.3, 95.2, 93.2, 87.0, 81.2], 65536, 89.0, 94.1),
+    ],
+)
+def test_rulers_own_table_is_reproduced(row, effective, rising, falling):
+    scores = {length: value / 100 for length, value in zip(LENGTHS, row, strict=True)}
+
+    assert effective_length(scores) == effective
+    found = weighted_averages(scores)
+    assert [100 * one for one in found] == pytest.approx([rising, falling], abs=0.06)
+
+
+def test_bars_count_from_the_shortest_length_without_a_gap():
+    scores = {1: 1.0, 2: 0.1, 4: 0.9, 8: 0.2}
+
+    assert k_max(scores) == 1
+    assert k_max({1: 0.2, 2: 0.2, 4: 0.19}) == 2
+    assert k_max({1: 0.0}) is None
+    assert effective_length(scores) == 4
+    assert effective_length({1: 0.856}) is None
+    assert base_score(scores, trained=2) == 1.0
+    assert base_score({4: 0.5, 8: 0.7}, trained=2) == 0.5
+    assert own_effective_length({1: 0.9, 2: 0.77, 4: 0.76}, 0.9) == 2
+    assert own_effective_length({1: 0.0}, 0.0) is None
+
+
+def test_weighted_averages_of_one_score_are_that_score():
+    draw = random.Random(0)
+    for _ in range(20):
+        value, count = draw.random(), draw.randrange(1, 9)
+        found = weighted_averages({2**n: value for n in range(count)})
+        assert all(math.isclose(one, value) for one in found)
+
+
+# bad input
+
+
+@pytest.mark.parametrize(
+    ("tasks", "changes", "message"),
+    [
+        (("rope_passky",), {}, "unknown task 'rope_passky'. Did you mean 'rope_passkey'"),
+        (("rope_ppl:mode=slide",), {}, "mode must be one of"),
+        (("rope_ppl:foo=1",), {}, "rope_ppl: got an unexpected keyword argument 'foo'"),
+        (("rope_ppl",), {"text": ""}, "need a text"),
+        (("rope_short",), {"text": "too short"}, "tokens, but a length of"),
+        (("rope_kv",), {"lengths": (64,)}, "has no room for the task"),
+        (("rope_ruler",), {}, "data must be a local JSON file"),
+        (("rope_longppl:short=2",), {}, "short must be from"),
+    ],
+)
+def test_bad_tasks_are_one_error_before_anything_is_measured(tokenizer, tasks, changes, message):
+    with pytest.raises(RopeError, match=message):
+        compare(small(tokenizer, tasks=tasks, **changes))
+
+
+def test_groups_stand_for_their_tasks(tokenizer):
+    bench = Bench(tokenizer, TEXT, 700, 64)
+
+    assert list(make_measures(("rope_babi",), bench)) == [f"rope_babi_qa{n}" for n in (1, 2, 3)]
+    found = make_measures(("rope_ruler_offline:samples=3",), bench)
+    assert len(found) == 11
+    assert {measure.bench.samples for measure in found.values()} == {3}
+    assert len(make_measures(("rope_kv", "passkey:samples=2"), bench)) == 2
+
+
+def test_documents_of_another_tokenizer_are_refused(tokenizer):
+    documents = build_dataset("rope_copy", tokenizer, [200], samples=1)
+    documents[0]["length"] = 100
+
+    with pytest.raises(RopeError, match="built for another tokenizer"):
+        results(wide_llama(), tokenizer, documents, 1)
+
+
+def test_a_cell_is_measured_under_the_method_it_names(tokenizer):
+    methods = {"a": Linear(2), "b": Linear(8)}
+
+    found = compare(small(tokenizer, methods=methods, tasks=("rope_short",), lengths=(64,)))
+
+    for label, factor in (("a", 2), ("b", 8)):
+        measure = small(tokenizer, tasks=("rope_short",), lengths=(64,)).measures["rope_short"]
+        model = patch_model(wide_llama(), "linear", factor=factor)
+        expected = measure.measure(model, 64, 1, nothing)["perplexity"]
+        assert found.value(label, "rope_short", 64) == pytest.approx(expected)
+    assert found.value("a", "rope_short", 64) != found.value("b", "rope_short", 64)
