@@ -239,6 +239,7 @@ def test_a_document_is_asked_word_for_word(saved):
 @pytest.mark.parametrize(
     ("metadata", "message"),
     [
+        ({"rope_pasky": {"depths": [0.5]}}, "Did you mean 'rope_passkey'"),
         ({"depth": [0.5]}, "Did you mean 'depths'"),
         ({"sample": 3}, "Did you mean 'samples'"),
         ({"lengths": "long"}, "neither a number of tokens"),
@@ -253,6 +254,28 @@ def test_a_document_is_asked_word_for_word(saved):
 def test_a_wrong_setting_is_named(saved, metadata, message):
     with pytest.raises(RopeError, match=message):
         make_task(saved, **metadata)
+
+
+def test_settings_under_the_name_of_a_task_are_for_it_alone(saved):
+    settings = {"depths": [0, 1], "rope_needle": {"depths": [0.5]}, "lengths": "4x"}
+
+    assert len(make_task(saved, "rope_passkey", **settings).eval_docs) == 2
+    (document,) = make_task(saved, "rope_needle", **settings).eval_docs
+    assert document["depth"] == 0.5
+
+
+def test_a_yaml_file_of_ones_own_makes_a_variant(saved, tmp_path):
+    (tmp_path / "mine.yaml").write_text(
+        f"include: {TASK_DIRECTORY / '_rope_yaml'}\ntask: mine\ndataset_name: rope_passkey\n"
+        f"metadata: {{version: 1.0, depths: [0.25], samples: 3, lengths: 256, method: yarn}}\n"
+    )
+    manager = TaskManager(
+        include_path=str(tmp_path), include_defaults=False, metadata={"pretrained": saved}
+    )
+
+    documents = manager.load(["mine"])["tasks"]["mine"].eval_docs
+
+    assert [(one["depth"], one["index"]) for one in documents] == [(0.25, 0), (0.25, 1), (0.25, 2)]
 
 
 def test_more_processes_than_documents_raise(saved):

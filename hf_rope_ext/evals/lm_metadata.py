@@ -10,6 +10,7 @@ from torch import nn
 
 from hf_rope_ext.errors import RopeError
 from hf_rope_ext.evals.lm_arguments import PATCH_ARGUMENTS
+from hf_rope_ext.evals.tasks import require_known
 from hf_rope_ext.loading import read_config, skeleton
 from hf_rope_ext.parsing import parse_lengths
 from hf_rope_ext.patching import patch_of
@@ -42,6 +43,19 @@ class Settings:
         name = getattr(self.tokenizer, "name_or_path", None)
         used = {"lengths": list(self.lengths), "samples": self.samples, "seed": self.seed}
         return {**metadata, **used, "tokenizer": name}
+
+
+def for_task(metadata: Mapping[str, Any], task: str, known: Sequence[str]) -> dict[str, Any]:
+    """Return the metadata of one task: settings under its name go before those for all.
+
+    Raises:
+        RopeError: If there are settings for a task that is not known.
+    """
+    for name, value in metadata.items():
+        if name.startswith("rope_") and isinstance(value, Mapping):
+            require_known(name, known)
+    common = {name: value for name, value in metadata.items() if name not in known}
+    return {**common, **metadata.get(task, {})}
 
 
 def read_settings(metadata: Mapping[str, Any], options: Sequence[str]) -> Settings:

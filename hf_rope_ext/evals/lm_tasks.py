@@ -14,9 +14,14 @@ from lm_eval.tasks import TaskManager
 from torch import nn
 
 from hf_rope_ext.errors import RopeError
-from hf_rope_ext.evals.lm_metadata import read_settings, trained_length, trained_length_of
+from hf_rope_ext.evals.lm_metadata import (
+    for_task,
+    read_settings,
+    trained_length,
+    trained_length_of,
+)
 from hf_rope_ext.evals.measures import Bench, make_measure
-from hf_rope_ext.evals.tasks import build_dataset, make_task, score
+from hf_rope_ext.evals.tasks import TASKS, build_dataset, make_task, score
 from hf_rope_ext.evals.text import encode_pair, read_text
 
 TASK_DIRECTORY = Path(str(files("hf_rope_ext.eval_tasks")))
@@ -44,11 +49,14 @@ class RopeTask(ConfigurableTask):  # type: ignore[misc]
 
     lm-eval's metadata holds its settings: ``lengths`` (in tokens or, as ``"1x,4x"``, times the
     trained length), ``samples`` per length and depth, ``seed``, ``tokenizer``, and the task's own
-    options.
+    options. Settings under the name of a task are for it alone.
     """
 
     def __init__(self, config: Mapping[str, Any]) -> None:
-        super().__init__(config={key: value for key, value in config.items() if key != "class"})
+        settings = {key: value for key, value in config.items() if key != "class"}
+        known = [*TASKS, *TEXT_OPTIONS]
+        settings["metadata"] = for_task(config["metadata"], config["dataset_name"], known)
+        super().__init__(config=settings)
 
     def download(self, dataset_kwargs: Any = None, **kwargs: Any) -> None:
         """Build the documents."""
