@@ -1,5 +1,6 @@
 """Load a model and re-apply the patch its config, or its adapter, was saved with."""
 
+import hashlib
 import json
 from pathlib import Path
 from typing import Any
@@ -11,12 +12,18 @@ from hf_rope_ext.checkpoint import RECORD
 from hf_rope_ext.errors import RopeError
 from hf_rope_ext.families import Config
 from hf_rope_ext.methods import Method, make_method
-from hf_rope_ext.patching import patch_model, patch_of
+from hf_rope_ext.patching import patch_model, patch_of, unpatch_model
 
 ADAPTER_RECORD = "hf_rope_ext.json"
 """File beside a PEFT adapter that holds the record of the patch it was trained under."""
 
 RECORD_VERSION = 1
+
+BASE_WEIGHTS = "base_weights"
+"""Key of that file under which the weights of the base model are told from others."""
+
+HASHED = 4096
+"""How many numbers of each weight are hashed."""
 
 
 def load_pretrained(name_or_path: str | Path, **kwargs: Any) -> nn.Module:
@@ -52,10 +59,85 @@ def save_pretrained(model: nn.Module, directory: str | Path, **kwargs: Any) -> N
         **kwargs: Passed to the model's ``save_pretrained``.
     """
     model.save_pretrained(directory, **kwargs)  # type: ignore[operator]
+    save_record(model, directory)
+
+
+def save_record(
+    model: nn.Module, directory: str | Path, weights: dict[str, str] | None = None
+) -> None:
+    """Write the record of a patch beside a saved PEFT adapter.
+
+    Does nothing for an unpatched model, or where no adapter was saved.
+
+    Args:
+        model: The PEFT model.
+        directory: Where the adapter is.
+        weights: The base model's `weights_record`, where it can no longer be taken.
+    """
     patch = patch_of(model)
-    if patch is not None and (Path(directory) / "adapter_config.json").is_file():
-        record = patch.resolved.configs[0].attributes[RECORD]
-        (Path(directory) / ADAPTER_RECORD).write_text(json.dumps(record, indent=2) + "\n")
+    if patch is None or not (Path(directory) / "adapter_config.json").is_file():
+        return
+    record = {**_record(model), BASE_WEIGHTS: weights or weights_record(model)}
+    path = Path(directory) / ADAPTER_RECORD
+    unfinished = path.with_suffix(".part")
+    unfinished.write_text(json.dumps(record, indent=2) + "\n")
+    unfinished.replace(path)
+
+
+def load_adapter(model: nn.Module, directory: str | Path, **kwargs: Any) -> nn.Module:
+    """Put a saved PEFT adapter on a base model in memory, under the RoPE it was trained with.
+
+    Args:
+        model: The base model: unpatched, to be patched as the record says, or patched so already.
+        directory: Of the adapter.
+        **kwargs: Passed to PEFT's ``from_pretrained``.
+
+    Raises:
+        RopeError: If the base model is patched in another way, has another geometry or other
+            weights than the adapter was trained on, or the record is not understood. The model is
+            then as it was.
+    """
+    from peft import PeftModel
+
+    path = Path(directory) / ADAPTER_RECORD
+    if not path.is_file():
+        return PeftModel.from_pretrained(model, directory, **kwargs)  # type: ignore[no-any-return]
+    record = _read_record(path)
+    trained_on = record.pop(BASE_WEIGHTS, None)
+    patched_before = patch_of(model) is not None
+    if not patched_before:
+        _apply(model, record)
+    try:
+        _require_same_patch(model, record, directory)
+        _require_same_weights(model, trained_on, directory)
+        return PeftModel.from_pretrained(model, directory, **kwargs)  # type: ignore[no-any-return]
+    except BaseException:
+        if not patched_before:
+            unpatch_model(model)
+        raise
+
+
+def weights_record(model: nn.Module) -> dict[str, str] | None:
+    """Return what tells the weights of a base model from others of the same shapes.
+
+    Adapters do not count. Quantized weights, and those spread over devices or not loaded, have
+    none: they cannot be compared with the originals.
+
+    Returns:
+        The dtype and a hash of the first numbers of every weight; None where there is none.
+    """
+    from torch.distributed.tensor import DTensor
+
+    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    digest, dtypes = hashlib.sha256(), set()
+    own = {_original_name(name): part for name, part in inner.named_parameters()}
+    for name, part in sorted((name, part) for name, part in own.items() if name):
+        if part.is_meta or isinstance(part, DTensor) or not part.is_floating_point():
+            return None
+        dtypes.add(str(part.dtype).removeprefix("torch."))
+        first = part.detach().flatten()[:HASHED].to("cpu").contiguous().view(torch.uint8)
+        digest.update(name.encode() + first.numpy().tobytes())
+    return {"dtype": ",".join(sorted(dtypes)), "sha256": digest.hexdigest()}
 
 
 def skeleton(config: Config) -> nn.Module:
@@ -178,32 +260,77 @@ def _load_model(
 
 def _load_adapter(directory: Path, **kwargs: Any) -> nn.Module:
     """Load an adapter on its base model, which is patched first as the adapter's record says."""
-    from peft import PeftConfig, PeftModel
+    from peft import PeftConfig
 
     base = load_pretrained(PeftConfig.from_pretrained(directory).base_model_name_or_path, **kwargs)
-    path = directory / ADAPTER_RECORD
-    if path.is_file():
-        record = json.loads(path.read_text())
-        _require_known(record, path)
-        patch = patch_of(base)
-        if patch is None:
-            _apply(base, record)
-        elif (found := patch.resolved.configs[0].attributes[RECORD]) != record:
-            raise RopeError(
-                f"the adapter in {str(directory)!r} was trained under {record['method']!r}, but "
-                f"its base model was saved with {found['method']!r}."
+    return load_adapter(base, directory)
+
+
+def _record(model: nn.Module) -> dict[str, Any]:
+    """Return the record of a patched model, as JSON gives it back."""
+    patch = patch_of(model)
+    attributes = patch.resolved.configs[0].attributes if patch else {}
+    record: dict[str, Any] = json.loads(json.dumps(attributes.get(RECORD)))
+    return record
+
+
+def _read_record(path: Path) -> dict[str, Any]:
+    try:
+        record: dict[str, Any] = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise RopeError(f"cannot read the RoPE record {str(path)!r}: {error}") from error
+    _require_known(record, path)
+    missing = {"method", "original_max_position_embeddings", "temperature"} - record.keys()
+    if missing:
+        raise RopeError(f"the RoPE record {str(path)!r} lacks {', '.join(sorted(missing))}.")
+    return record
+
+
+def _require_same_patch(model: nn.Module, record: dict[str, Any], source: str | Path) -> None:
+    found = _record(model)
+    differing = [
+        name
+        for name in {**found, **record}
+        # the length asked for is a label: frequencies follow from the method
+        if name != "target_length" and found.get(name) != record.get(name)
+    ]
+    if differing:
+        raise RopeError(
+            f"the adapter in {str(source)!r} does not fit this base model: "
+            + "; ".join(
+                f"{name} was {record.get(name)!r} in training and is {found.get(name)!r} here"
+                for name in differing
             )
-    model: nn.Module = PeftModel.from_pretrained(base, directory)
-    return model
+            + ". Load it with load_pretrained, or on the unpatched base model it was trained on."
+        )
+
+
+def _require_same_weights(
+    model: nn.Module, trained_on: dict[str, str] | None, source: str | Path
+) -> None:
+    """Check weights of the same dtype; another dtype, or quantization, changes every number."""
+    found = weights_record(model)
+    if trained_on and found and found["dtype"] == trained_on["dtype"] and found != trained_on:
+        raise RopeError(
+            f"the adapter in {str(source)!r} was trained on a base model with other weights; give "
+            f"it that one."
+        )
+
+
+def _original_name(name: str) -> str:
+    """Return what a weight is called without PEFT, nothing for the weights of an adapter."""
+    if ".lora_" in name or ".modules_to_save." in name:
+        return ""
+    return name.replace(".base_layer.", ".").replace(".original_module.", ".")
 
 
 def _apply(model: nn.Module, record: dict[str, Any]) -> nn.Module:
     return patch_model(
         model,
         recorded_method(record),
-        target_length=record["target_length"],
+        target_length=record.get("target_length"),
         original_max_position_embeddings=record["original_max_position_embeddings"],
-        layer_types=record["layer_types"],
+        layer_types=record.get("layer_types"),
         temperature=record["temperature"],
         replace=True,
     )

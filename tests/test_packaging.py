@@ -72,6 +72,7 @@ FLOORS = (
     {"describe", "loading", "measuring"},
     {"export"},
     {"assets", "evals", "planning"},
+    {"finetune"},
     {"__init__", "__main__"},
 )
 
