@@ -3,7 +3,8 @@
 Every method is patched in at 4x, measured, tuned on sequences of four times the trained length and
 measured again, with several seeds. Run it as ``python benchmarks/finetune_stories.py DIRECTORY``,
 where the directory holds ``stories260k/`` (karpathy's stories260K in Hugging Face form) and
-``tinystories.txt``.
+``tinystories.txt``; with ``--keep FOLDER`` it goes on where it stopped, and several processes share
+the work.
 """
 
 import argparse
@@ -11,12 +12,14 @@ import json
 import math
 import statistics
 import tempfile
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from datasets import Dataset
-from recording import RESULTS, record
+from recording import record
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainingArguments
 
 from hf_rope_ext import patched
@@ -61,18 +64,15 @@ def perplexities(model: Any, ids: torch.Tensor) -> dict[str, float]:
 
 def tuned(directory: Path, method: str, seed: int) -> dict[str, Any]:
     """Return the perplexities before and after tuning one method with one seed."""
-    torch.manual_seed(seed)
     tokenizer = AutoTokenizer.from_pretrained(directory / "stories260k")
     model = AutoModelForCausalLM.from_pretrained(directory / "stories260k")
     data = stories(directory / "tinystories.txt")
-    # the same stories are held out for every seed; the seed orders the others
     rows = load_documents(Source(data), tokenizer)
-    ids = split_stream(rows, HELD_OUT, 0, max(LENGTHS))[1].tokens()
+    ids = split_stream(rows, HELD_OUT, max(LENGTHS))[1].tokens()
     with tempfile.TemporaryDirectory() as output:
         training = TrainingArguments(
             output_dir=output,
-            seed=0,
-            data_seed=seed,
+            seed=seed,
             report_to="none",
             save_strategy="no",
             logging_steps=1,
@@ -101,7 +101,7 @@ def untuned(directory: Path) -> dict[str, dict[str, float]]:
     tokenizer = AutoTokenizer.from_pretrained(directory / "stories260k")
     model = AutoModelForCausalLM.from_pretrained(directory / "stories260k")
     rows = load_documents(Source(stories(directory / "tinystories.txt")), tokenizer)
-    ids = split_stream(rows, HELD_OUT, 0, max(LENGTHS))[1].tokens()
+    ids = split_stream(rows, HELD_OUT, max(LENGTHS))[1].tokens()
     found = {}
     for name, method in parse_methods(",".join(METHODS), FACTOR).items():
         with patched(model, method):
@@ -129,19 +129,26 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("directory", type=Path)
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--keep", type=Path, default=Path(tempfile.mkdtemp()))
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    kept = RESULTS / "finetune_stories.partial.json"
-    cells: dict[str, Any] = json.loads(kept.read_text()) if kept.is_file() else {}
-    if "untuned" not in cells:
-        cells["untuned"] = untuned(arguments.directory)
+    wanted: dict[str, Callable[[], Any]] = {"untuned": lambda: untuned(arguments.directory)}
     for seed in range(arguments.seeds):
         for method in METHODS:
-            key = f"{method} {seed}"
-            if key not in cells:
-                cells[key] = tuned(arguments.directory, method, seed)
-                kept.write_text(json.dumps(cells))
-                print(key, cells[key]["perplexity"], flush=True)
+            wanted[f"{method} {seed}"] = partial(tuned, arguments.directory, method, seed)
+    arguments.keep.mkdir(exist_ok=True)
+    for key, measure in wanted.items():
+        path = arguments.keep / f"{key}.json"
+        try:
+            path.touch(exist_ok=False)  # another process may be at work on the others
+        except FileExistsError:
+            continue
+        path.write_text(json.dumps(measure()))
+        print(key, path.read_text(), flush=True)
+    texts = {key: (arguments.keep / f"{key}.json").read_text() for key in wanted}
+    if not all(texts.values()):
+        return  # the process that finishes last writes the result
+    cells = {key: json.loads(text) for key, text in texts.items()}
     before = cells.pop("untuned")
     after = summary(cells)
     base = before["none"][str(TRAINED)]
@@ -164,7 +171,6 @@ def main() -> None:
         held_out=HELD_OUT,
         seeds=arguments.seeds,
     )
-    kept.unlink()
     print(path)
 
 

@@ -128,7 +128,9 @@ def weights_record(model: nn.Module) -> dict[str, str] | None:
     """
     from torch.distributed.tensor import DTensor
 
-    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    inner: Any = model
+    if hasattr(model, "get_base_model"):
+        inner = inner.get_base_model()
     digest, dtypes = hashlib.sha256(), set()
     own = {_original_name(name): part for name, part in inner.named_parameters()}
     for name, part in sorted((name, part) for name, part in own.items() if name):

@@ -26,7 +26,8 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
 
 def documents(count: int = 40) -> list[str]:
     draw = random.Random(0)
-    words = "the cat sat on a mat and then some other animal came by to look at it".split()
+    words = ["the", "cat", "sat", "on", "a", "mat", "and", "then", "some", "other", "animal"]
+    words += ["came", "by", "to", "look", "at", "it"]
     return [" ".join(draw.choices(words, k=60)) for _ in range(count)]
 
 

@@ -33,17 +33,17 @@ class _HeadLoss(torch.autograd.Function):
     def forward(
         ctx: Any, hidden: Tensor, labels: Tensor, chunk: int, head: Head, *weights: Tensor
     ) -> Tensor:
-        wanted = [flag for flag in (ctx.needs_input_grad[0], *ctx.needs_input_grad[4:])]
-        hidden_grad = torch.empty_like(hidden) if wanted[0] else None
+        wanted = bool(ctx.needs_input_grad[0])
+        hidden_grad = torch.empty_like(hidden) if wanted else None
         # summed over the chunks in float32: in bfloat16 small addends would be lost
         weight_grads = [torch.zeros_like(weight, dtype=torch.float32) for weight in weights]
         total = hidden.new_zeros((), dtype=torch.float32)
         for start in range(0, len(hidden), chunk):
             rows = slice(start, start + chunk)
             with torch.enable_grad():
-                part = hidden[rows].detach().requires_grad_(wanted[0])
+                part = hidden[rows].detach().requires_grad_(wanted)
                 loss = _sum(head, part, labels[rows])
-            sources = [part] * wanted[0] + list(weights)
+            sources = [part] * wanted + list(weights)
             found = list(torch.autograd.grad(loss, sources)) if sources else []
             if hidden_grad is not None:
                 hidden_grad[rows] = found.pop(0)
@@ -81,7 +81,9 @@ def chunked_cross_entropy(
     """
     trained = [weight for weight in weights if weight.requires_grad]
     if torch.is_grad_enabled() and (hidden.requires_grad or trained):
-        return _HeadLoss.apply(hidden, labels, chunk, head, *trained)  # type: ignore[no-any-return]
+        apply: Any = _HeadLoss.apply
+        found: Tensor = apply(hidden, labels, chunk, head, *trained)
+        return found
     total = hidden.new_zeros((), dtype=torch.float32)
     for start in range(0, len(hidden), chunk):
         rows = slice(start, start + chunk)
@@ -160,9 +162,9 @@ class _ChunkedForward:
     ) -> Any:
         """Return the family's output, with the loss and without logits where there are labels."""
         plain = type(self.causal).forward
-        if labels is None and shift_labels is None:
-            return plain(self.causal, *args, **kwargs)
         if shift_labels is None:
+            if labels is None:
+                return plain(self.causal, *args, **kwargs)
             shift_labels = functional.pad(labels, (0, 1), value=IGNORED)[..., 1:]
         outputs: list[Any] = []
         body = getattr(self.causal, body_name(self.causal))

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.utils.data import Dataset
-from transformers import PrinterCallback
+from transformers import PrinterCallback, set_seed
 from transformers.trainer_callback import ProgressCallback
 
 from hf_rope_ext.errors import RopeError
@@ -30,8 +30,17 @@ from hf_rope_ext.parsing import parse_lengths
 
 RECIPE = "recipe.json"
 
-HOW = ("learning_rate", "lr_scheduler_type", "max_steps", "num_train_epochs", "warmup_steps")
-HOW = (*HOW, "per_device_train_batch_size", "gradient_accumulation_steps", "seed", "data_seed")
+HOW = (
+    "data_seed",
+    "gradient_accumulation_steps",
+    "learning_rate",
+    "lr_scheduler_type",
+    "max_steps",
+    "num_train_epochs",
+    "per_device_train_batch_size",
+    "seed",
+    "warmup_steps",
+)
 """TrainingArguments that a resumed run must have in common with the one it continues."""
 
 
@@ -88,10 +97,13 @@ def finetune(
     for number, (factor, steps) in enumerate(stages, start=1):
         own = copy.copy(training)
         own.max_steps = steps
+        # without it every process draws an order of its own
+        own.data_seed = training.seed if training.data_seed is None else training.data_seed
         if len(stages) > 1 and number < len(stages):
             own.output_dir = str(directory / f"stage-{number}")
         target = patch(model if wrapped is None else wrapped, recipe, factor)
         if wrapped is None:
+            set_seed(training.seed)  # of the adapter's first weights; the Trainer seeds the rest
             wrapped = trainable(model, recipe)
         stage = _Stage(recipe, own, wrapped, tokenizer, rows, target)
         results.append(stage.run())
@@ -130,7 +142,7 @@ class _Stage:
         """Train, evaluate and save."""
         recipe, training = self.recipe, self.training
         directory = Path(training.output_dir)
-        train, held = split_stream(self.rows, recipe.held_out, training.seed, max(self.lengths))
+        train, held = split_stream(self.rows, recipe.held_out, max(self.lengths))
         dataset = self._dataset(train)
         evaluation = Evaluation.on(
             held.tokens(),
@@ -153,7 +165,7 @@ class _Stage:
         history = trainer.state.log_history
         if training.should_save:
             _draw(history, directory / CURVE)
-        before = next((entry for entry in history if entry["step"] == 0), {})
+        before: dict[str, Any] = next((entry for entry in history if entry["step"] == 0), {})
         return Finetuned(directory, self.model, _numbers(before), _numbers(after), history)
 
     def _dataset(self, stream: Stream) -> Dataset[Any]:
@@ -208,7 +220,7 @@ class _Stage:
     def _require_memory(self) -> None:
         found = self._estimate()
         if self.training.should_save:
-            print("\n".join(["estimated memory:", *found.lines()]), file=sys.stderr)
+            sys.stderr.write("\n".join(["estimated memory:", *found.lines(), ""]))
         if self.recipe.check_memory:
             advice = ["a shorter sequence_length", "fewer per_device_train_batch_size"]
             if not self.training.activation_checkpointing:
@@ -344,4 +356,4 @@ def _draw(history: list[dict[str, Any]], path: Path) -> None:
     try:
         plot_curve(history, path)
     except ImportError:
-        print("no curve: pip install 'hf-rope-ext[plot]'", file=sys.stderr)
+        sys.stderr.write("no curve: pip install 'hf-rope-ext[plot]'\n")

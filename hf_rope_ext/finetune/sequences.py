@@ -5,6 +5,7 @@ would show the model no distance longer than the document, whatever the sequence
 """
 
 import random
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -47,11 +48,11 @@ class Sequences(Dataset[Example]):
         borders = [0, len(stream)] if packing == "join" else stream.documents.tolist()
         self.starts = [
             start
-            for first, last in zip(borders, borders[1:], strict=False)
+            for first, last in pairwise(borders)
             for start in range(first, last - length + 1, length)
         ]
         if not self.starts:
-            longest = max(last - first for first, last in zip(borders, borders[1:], strict=False))
+            longest = max(last - first for first, last in pairwise(borders))
             raise RopeError(
                 f"the text to train on gives no sequence of {length} tokens: "
                 + (

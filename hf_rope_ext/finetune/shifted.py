@@ -110,15 +110,19 @@ def shifted_attention(
     def attend(heads: slice, start: int, stop: int, width: int) -> Tensor:
         """Attend within spans of ``width`` tokens of ``start:stop``."""
         spans = (stop - start) // width
-        folded = [
-            tensor[:, heads, start:stop].unflatten(2, (spans, width)).transpose(1, 2).flatten(0, 1)
+        q, k, v = (
+            tensor[:, heads, start:stop]
+            .reshape(len(tensor), -1, spans, width, tensor.shape[-1])
+            .transpose(1, 2)
+            .flatten(0, 1)
             for tensor in (query, key, value)
-        ]
+        )
         mask = _spans(attention_mask, start, spans, width)
         out = functional.scaled_dot_product_attention(
-            *folded, attn_mask=mask, dropout_p=dropout, is_causal=mask is None, scale=scaling
+            q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=mask is None, scale=scaling
         )
-        return out.unflatten(0, (-1, spans)).transpose(1, 2).flatten(2, 3)
+        shape = (len(query), spans, -1, width, value.shape[-1])
+        return out.reshape(shape).transpose(1, 2).flatten(2, 3)
 
     first, second = slice(0, straight), slice(straight, heads)
     shifted = [

@@ -64,9 +64,8 @@ class LongContextTrainer(Trainer):  # type: ignore[misc]
             measured = self.evaluation.measure(self.model)
         metrics = {f"eval_{name}": value for name, value in measured.items()}
         self.log(metrics)
-        self.control = self.callback_handler.on_evaluate(
-            self.args, self.state, self.control, metrics
-        )
+        control: Any = self.control
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, control, metrics)
         return metrics
 
 
