@@ -2,6 +2,7 @@
 
 import copy
 import json
+import os
 import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -83,6 +84,7 @@ def finetune(
     Raises:
         RopeError: If the recipe cannot be served; nothing is written then.
     """
+    _require_whole_sequences(recipe)
     tokenizer = _tokenizer(recipe) if tokenizer is None else tokenizer
     directory = Path(training.output_dir)
     _require_directory(directory, recipe, training)
@@ -308,6 +310,19 @@ def _write_recipe(directory: Path, recipe: Recipe, training: Any) -> None:
         (directory / RECIPE).write_text(text + "\n")
 
 
+def _require_whole_sequences(recipe: Recipe) -> None:
+    """Refuse techniques that need a sequence on one device, where it is spread over several."""
+    spread = [os.environ.get(f"PARALLELISM_CONFIG_{kind}_SIZE", "1") for kind in ("CP", "SP")]
+    if spread == ["1", "1"]:
+        return
+    for name in ("pose_length", "shifted_groups", "mixed_windows"):
+        if getattr(recipe, name) is not None:
+            raise RopeError(
+                f"{name} needs whole sequences on each device, but the launcher spreads them over "
+                f"several (context or sequence parallelism); use one or the other."
+            )
+
+
 def _use_liger(arguments: Any) -> None:
     from importlib.util import find_spec
 
@@ -325,8 +340,6 @@ def _use_liger(arguments: Any) -> None:
 
 
 def _sharded_by_launcher() -> bool:
-    import os
-
     return os.environ.get("ACCELERATE_USE_FSDP", "false") == "true"
 
 
