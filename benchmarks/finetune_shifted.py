@@ -2,7 +2,8 @@
 
 One attention layer, forward and backward, the two sides in turn; memory is the peak of a fresh
 process over its size before. Full attention is torch's fused kernel, which needs no memory for the
-scores, and transformers' eager one, which does. Run it as ``python benchmarks/finetune_shifted.py``.
+scores, and transformers' eager one, which does. Run it as
+``python benchmarks/finetune_shifted.py``.
 """
 
 import resource

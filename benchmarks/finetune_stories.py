@@ -3,8 +3,7 @@
 Every method is patched in at 4x, measured, tuned on sequences of four times the trained length and
 measured again, with several seeds. Run it as ``python benchmarks/finetune_stories.py DIRECTORY``,
 where the directory holds ``stories260k/`` (karpathy's stories260K in Hugging Face form) and
-``tinystories.txt``; with ``--keep FOLDER`` it goes on where it stopped, and several processes share
-the work.
+``tinystories.txt``; with ``--keep FOLDER`` it goes on where it stopped.
 """
 
 import argparse
@@ -139,16 +138,10 @@ def main() -> None:
     arguments.keep.mkdir(exist_ok=True)
     for key, measure in wanted.items():
         path = arguments.keep / f"{key}.json"
-        try:
-            path.touch(exist_ok=False)  # another process may be at work on the others
-        except FileExistsError:
-            continue
-        path.write_text(json.dumps(measure()))
-        print(key, path.read_text(), flush=True)
-    texts = {key: (arguments.keep / f"{key}.json").read_text() for key in wanted}
-    if not all(texts.values()):
-        return  # the process that finishes last writes the result
-    cells = {key: json.loads(text) for key, text in texts.items()}
+        if not path.is_file():
+            path.write_text(json.dumps(measure()))
+            print(key, path.read_text(), flush=True)
+    cells = {key: json.loads((arguments.keep / f"{key}.json").read_text()) for key in wanted}
     before = cells.pop("untuned")
     after = summary(cells)
     base = before["none"][str(TRAINED)]

@@ -57,6 +57,7 @@ def test_a_recipe_is_run_and_its_adapter_merged(tmp_path, model, data, ids, monk
                 "max_steps": 9,
                 "eval_lengths": "1x",
                 "eval_passkeys": 0,
+                "eval_targets": 8,
                 "held_out": 0.1,
                 "use_cpu": True,
                 "disable_tqdm": True,
@@ -94,7 +95,8 @@ def test_every_field_is_listed_with_what_it_says(monkeypatch, capsys):
     assert "pose_length" in capsys.readouterr().out
 
 
-def test_the_example_runs(tmp_path, model, data, monkeypatch, capsys):
+def test_the_example_runs(tmp_path, data, monkeypatch, capsys):
+    model = write_model(tmp_path / "base", max_position_embeddings=128)
     words = ["--model", model, "--data", data, "--factor", 2, "--steps", 1, "--output", tmp_path]
     monkeypatch.setattr(sys, "argv", ["finetune_lora.py", *map(str, words)])
 
@@ -134,6 +136,7 @@ def test_techniques_that_need_whole_sequences_are_refused_where_they_are_spread(
         finetune(recipe(model, data, **{technique: value}), training(tmp_path / "out"))
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
 @pytest.mark.filterwarnings("ignore::UserWarning")
 def test_quantized_weights_are_tuned_and_come_back_with_their_rope(tmp_path, model, data):
@@ -147,6 +150,13 @@ def test_quantized_weights_are_tuned_and_come_back_with_their_rope(tmp_path, mod
     assert patch_of(load_pretrained(tmp_path / "out")).resolved.method.factor == 2
 
 
+def test_lengths_without_room_are_refused_before_anything_is_written(tmp_path, model, data):
+    for change in ({"eval_targets": 64}, {"eval_passkeys": 5, "eval_lengths": "0.25x"}):
+        with pytest.raises(RopeError, match=r"no context before|no room for"):
+            finetune(recipe(model, data, **change), training(tmp_path / "out"))
+        assert not (tmp_path / "out").exists()
+
+
 def test_liger_is_named_where_it_is_missing(tmp_path, model, data, monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(RopeError, match="liger-kernel"):
@@ -154,7 +164,7 @@ def test_liger_is_named_where_it_is_missing(tmp_path, model, data, monkeypatch):
 
 
 def test_the_estimate_counts_weights_and_moments_exactly_and_follows_the_settings():
-    model = with_adapter(patch_model(tiny_llama(), "yarn", factor=4))
+    model = with_adapter(patch_model(tiny_llama(num_hidden_layers=6), "yarn", factor=4))
     weights = sum(one.numel() for one in model.parameters())
     trained = sum(one.numel() for one in model.parameters() if one.requires_grad)
     found = estimate_memory(model, 1000)

@@ -5,6 +5,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from hf_rope_ext.errors import RopeError
 from hf_rope_ext.evals.compare import TOKENS_AT_ONCE, Task
 from hf_rope_ext.evals.passkey import PasskeyTask
 from hf_rope_ext.evals.perplexity import PerplexityTask
@@ -49,13 +50,21 @@ class Evaluation:
             seed: Of the pass keys.
 
         Raises:
-            RopeError: If the text is shorter than the longest length.
+            RopeError: If the text is shorter than the longest length, or a length has no room for
+                what is measured.
         """
+        if min(lengths) <= targets + 1:
+            raise RopeError(
+                f"eval_lengths: {min(lengths)} tokens leave no context before eval_targets="
+                f"{targets} scored ones; give longer lengths or fewer targets."
+            )
         start = tokenizer.bos_token_id
         prefix = () if start is None else (int(start),)
         tasks: list[Task] = [PerplexityTask(tokens, max(lengths), windows, targets, prefix)]
         if passkeys:
-            tasks.append(PasskeyTask(tokenizer, tokens, max(lengths), passkeys, seed, prefix))
+            hidden = PasskeyTask(tokenizer, tokens, max(lengths), passkeys, seed, prefix)
+            hidden.sample(min(lengths), 0)  # raises where there is no room
+            tasks.append(hidden)
         return cls(tuple(tasks), lengths)
 
     def measure(self, model: nn.Module) -> dict[str, float]:
