@@ -21,7 +21,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArgumen
 from hf_rope_ext import patch_model
 from hf_rope_ext.finetune import chunked_loss, with_adapter
 
-TOKENS, VOCABULARY, CHUNK, BLOCKS = 4096, 32_000, 512, 5
+TOKENS, VOCABULARY, CHUNK, BLOCKS = 4096, 32_000, 512, 3
 
 
 def build() -> Any:

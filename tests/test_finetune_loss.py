@@ -1,5 +1,7 @@
 """The chunked loss against the loss that transformers computes from all logits."""
 
+import inspect
+
 import pytest
 import torch
 import zoo
@@ -128,6 +130,13 @@ def test_router_losses_are_not_dropped():
 def test_a_chunk_is_a_number_of_tokens(llama, chunk):
     with pytest.raises(RopeError, match="at least 1"), chunked_loss(llama, chunk):
         pass
+
+
+def test_a_plain_trainer_sees_the_same_arguments(llama):
+    """Trainer drops the columns that a forward does not name, input_ids among them."""
+    plain = inspect.signature(llama.forward)
+    with chunked_loss(llama):
+        assert inspect.signature(llama.forward) == plain
 
 
 def test_the_forward_is_put_back_and_not_replaced_twice(llama, ids):

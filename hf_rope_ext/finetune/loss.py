@@ -6,6 +6,7 @@ chunk's gradient is taken on the spot, and its logits are gone before the next c
 is left for the backward pass is the gradient of the hidden states, so nothing is computed twice.
 """
 
+import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -151,6 +152,8 @@ class _ChunkedForward:
     def __init__(self, causal: Any, chunk: int) -> None:
         self.causal = causal
         self.chunk = chunk
+        # Trainer drops the columns of a dataset that a forward does not name
+        self.__signature__ = inspect.signature(causal.forward)
 
     def __call__(
         self,

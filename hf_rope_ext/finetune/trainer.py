@@ -27,6 +27,8 @@ class LongContextTrainer(Trainer):  # type: ignore[misc]
         **kwargs: As for Trainer.
     """
 
+    control: Any
+
     def __init__(
         self,
         *args: Any,
@@ -64,8 +66,9 @@ class LongContextTrainer(Trainer):  # type: ignore[misc]
             measured = self.evaluation.measure(self.model)
         metrics = {f"eval_{name}": value for name, value in measured.items()}
         self.log(metrics)
-        control: Any = self.control
-        self.control = self.callback_handler.on_evaluate(self.args, self.state, control, metrics)
+        self.control = self.callback_handler.on_evaluate(
+            self.args, self.state, self.control, metrics
+        )
         return metrics
 
 
