@@ -2,7 +2,9 @@
 
 import json
 import sys
-from dataclasses import asdict
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -137,8 +139,9 @@ def export_command(
 ) -> None:
     """Print what makes another engine compute a method on a model."""
     from hf_rope_ext.export import export
-    from hf_rope_ext.loading import read_config, recorded_method
+    from hf_rope_ext.loading import read_config
     from hf_rope_ext.planning import text_site
+    from hf_rope_ext.records import recorded_method
 
     config, record = read_config(model or _bundled())
     arguments: dict[str, Any] = {"original_max_position_embeddings": original, "replace": True}
@@ -299,6 +302,66 @@ def plot(
         out.print(f"wrote {output}", highlight=False, soft_wrap=True)
 
 
+@app.command(
+    "finetune",
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
+)
+def finetune_command(
+    context: typer.Context,
+    fields: Annotated[bool, typer.Option("--fields", help="List a recipe's fields.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Fine-tune a model for a longer context: [RECIPE.yaml] [--field value]...
+
+    A recipe's fields are those that --fields lists and those of transformers' TrainingArguments;
+    a flag wins over the file. Without a model the bundled one is tuned. Started again with
+    --resume, an interrupted run goes on where it stopped.
+    """
+    with _extra("finetune"):
+        from hf_rope_ext.finetune.recipe import describe_flags, parse
+        from hf_rope_ext.finetune.run import finetune
+
+    if fields:
+        table = Table("field", "default", "what it says")
+        for row in describe_flags():
+            table.add_row(*row)
+        out.print(table)
+        return
+    words = context.args
+    config = Path(words[0]) if words and not words[0].startswith("-") else None
+    recipe, training = parse(words[config is not None :], config)
+    if not recipe.model:
+        recipe = replace(recipe, model=_bundled(), data=recipe.data or str(_bundled_text(None)))
+    done = finetune(recipe, training)
+    if not training.should_save:
+        return
+    if as_json:
+        _print_json({"directory": str(done.directory), "before": done.before, "after": done.after})
+        return
+    table = Table("measured", "before", "after", title_justify="left")
+    for name, value in done.after.items():
+        before = done.before.get(name)
+        table.add_row(name, "" if before is None else f"{before:.4g}", f"{value:.4g}")
+    out.print(table)
+    out.print(f"wrote {done.directory}", highlight=False, soft_wrap=True)
+
+
+@app.command()
+def merge(
+    adapter: Annotated[Path, typer.Argument(help="Directory of a fine-tuned adapter.")],
+    output: Annotated[Path, typer.Argument(help="Directory to write the merged model to.")],
+    frozen: Annotated[
+        int | None, typer.Option(help="Give the model the plan of one length, in positions.")
+    ] = None,
+) -> None:
+    """Write a base model with its adapter merged and its RoPE in the plain config."""
+    with _extra("finetune"):
+        from hf_rope_ext.finetune.merge import merge_adapter
+
+    merge_adapter(adapter, output, frozen=frozen)
+    out.print(f"wrote {output}", highlight=False, soft_wrap=True)
+
+
 def main() -> None:
     """Run the command; an error is one line on stderr and exit status 2."""
     try:
@@ -326,6 +389,14 @@ def _bundled_text(model: str | None) -> Path:
     if model is not None:
         raise RopeError("give --text FILE, a long text to measure the model on.")
     return TEXT
+
+
+@contextmanager
+def _extra(name: str) -> Iterator[None]:
+    try:
+        yield
+    except ImportError as error:
+        raise RopeError(f"{error}: pip install 'hf-rope-ext[{name}]'") from error
 
 
 def _plots() -> Any:

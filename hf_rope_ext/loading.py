@@ -1,25 +1,16 @@
 """Load a model and re-apply the patch its config, or its adapter, was saved with."""
 
-import json
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
+from hf_rope_ext.adapters import SOURCE, load_adapter, save_record
 from hf_rope_ext.checkpoint import RECORD
 from hf_rope_ext.errors import RopeError
 from hf_rope_ext.families import Config
-from hf_rope_ext.methods import Method, make_method
-from hf_rope_ext.patching import patch_model, patch_of
-
-ADAPTER_RECORD = "hf_rope_ext.json"
-"""File beside a PEFT adapter that holds the record of the patch it was trained under."""
-
-RECORD_VERSION = 1
-
-SOURCE = ("cache_dir", "force_download", "local_files_only", "revision", "subfolder", "token")
-"""Arguments of ``from_pretrained`` that say where files come from."""
+from hf_rope_ext.records import require_known, restore
 
 
 def load_pretrained(name_or_path: str | Path, **kwargs: Any) -> nn.Module:
@@ -55,10 +46,7 @@ def save_pretrained(model: nn.Module, directory: str | Path, **kwargs: Any) -> N
         **kwargs: Passed to the model's ``save_pretrained``.
     """
     model.save_pretrained(directory, **kwargs)  # type: ignore[operator]
-    patch = patch_of(model)
-    if patch is not None and (Path(directory) / "adapter_config.json").is_file():
-        record = patch.resolved.configs[0].attributes[RECORD]
-        (Path(directory) / ADAPTER_RECORD).write_text(json.dumps(record, indent=2) + "\n")
+    save_record(model, directory)
 
 
 def skeleton(config: Config) -> nn.Module:
@@ -102,12 +90,6 @@ def load_unpatched(name_or_path: str | Path, *, device: str, dtype: str) -> tupl
         raise RopeError(f"cannot load {str(name_or_path)!r}: {reason}") from error
 
 
-def recorded_method(record: dict[str, Any]) -> Method:
-    """Return the method of a record."""
-    values = dict(record["method"])
-    return make_method(values.pop("name"), **values)
-
-
 def _read_config(
     name_or_path: str | Path, **kwargs: Any
 ) -> tuple[dict[str, Any], dict[str, Any] | None]:
@@ -131,7 +113,7 @@ def _read_config(
     records: list[dict[str, Any]] = []
     _restore(settings, records)
     for record in records:
-        _require_known(record, name_or_path)
+        require_known(record, name_or_path)
     return settings, records[0] if records else None
 
 
@@ -144,14 +126,6 @@ def _restore(settings: dict[str, Any], records: list[dict[str, Any]]) -> None:
     for value in settings.values():
         if isinstance(value, dict):
             _restore(value, records)
-
-
-def _require_known(record: Any, source: str | Path) -> None:
-    if not isinstance(record, dict) or record.get("version") != RECORD_VERSION:
-        raise RopeError(
-            f"{str(source)!r} holds a RoPE record this version does not know "
-            f"({record!r}); install the hf-rope-ext that wrote it, or a newer one."
-        )
 
 
 def _load_model(
@@ -173,54 +147,7 @@ def _load_adapter(directory: Path, **kwargs: Any) -> nn.Module:
     from peft import PeftConfig
 
     base = load_pretrained(PeftConfig.from_pretrained(directory).base_model_name_or_path, **kwargs)
-    return attach_adapter(base, directory)
-
-
-def attach_adapter(base: nn.Module, name_or_path: str | Path, **kwargs: Any) -> nn.Module:
-    """Put a PEFT adapter on its base model, patched as the adapter was trained.
-
-    Args:
-        base: The base model, loaded; it is patched in place.
-        name_or_path: Directory or hub id of the adapter.
-        **kwargs: Passed to peft's ``from_pretrained``.
-
-    Raises:
-        RopeError: If the adapter was trained under another patch than the base model carries.
-    """
-    from peft import PeftModel
-    from transformers.utils import cached_file
-
-    source = {key: kwargs[key] for key in SOURCE if key in kwargs}
-    path = cached_file(
-        str(name_or_path), ADAPTER_RECORD, _raise_exceptions_for_missing_entries=False, **source
-    )
-    if path is not None:
-        record = json.loads(Path(path).read_text())
-        _require_known(record, path)
-        patch = patch_of(base)
-        if patch is None:
-            restore(base, record)
-        elif (found := patch.resolved.configs[0].attributes[RECORD]) != record:
-            raise RopeError(
-                f"the adapter in {str(name_or_path)!r} was trained under {record['method']!r}, but "
-                f"its base model was saved with {found['method']!r}."
-            )
-    model: nn.Module = PeftModel.from_pretrained(base, name_or_path, **kwargs)
-    return model
-
-
-def restore(model: nn.Module, record: dict[str, Any]) -> nn.Module:
-    """Patch a model as a record says."""
-    return patch_model(
-        model,
-        recorded_method(record),
-        target_length=record["target_length"],
-        original_max_position_embeddings=record["original_max_position_embeddings"],
-        layer_types=record["layer_types"],
-        temperature=record["temperature"],
-        replace=True,
-        **record.get("lengths", {}),
-    )
+    return load_adapter(base, directory)
 
 
 def _model_class(config: Config) -> Any:

@@ -250,7 +250,7 @@ def test_an_adapter_on_a_base_that_was_patched_otherwise_is_refused(tmp_path):
     path = tmp_path / "adapter" / "adapter_config.json"
     path.write_text(path.read_text().replace(str(tmp_path / "trained"), str(tmp_path / "base")))
 
-    with pytest.raises(RopeError, match=r"trained under .*4\.0.* saved with .*2\.0"):
+    with pytest.raises(RopeError, match=r"method was .*4\.0.* in training and is .*2\.0"):
         load_pretrained(tmp_path / "adapter")
 
 

@@ -71,9 +71,12 @@ FLOORS = (
     {"caching"},
     {"request"},
     {"patching"},
-    {"describe", "loading", "measuring"},
+    {"describe", "records", "measuring"},
+    {"adapters"},
+    {"loading"},
     {"export"},
     {"assets", "evals", "planning"},
+    {"finetune"},
     {"__init__", "__main__"},
 )
 

@@ -18,13 +18,15 @@ from lm_eval.models.utils_hf import pad_and_concat
 from torch import Tensor, nn
 from tqdm import tqdm  # type: ignore[import-untyped]
 
+from hf_rope_ext.adapters import load_adapter
 from hf_rope_ext.describe import Description, describe
 from hf_rope_ext.errors import RopeError, UnsupportedModelError
 from hf_rope_ext.evals.lm_arguments import base_of, require_effect, split
 from hf_rope_ext.evals.lm_windows import TokenRequest, Window
 from hf_rope_ext.evals.log_probs import token_log_probs
-from hf_rope_ext.loading import attach_adapter, read_config, restore
+from hf_rope_ext.loading import read_config
 from hf_rope_ext.patching import patch_model, patch_of
+from hf_rope_ext.records import restore
 
 
 @register_model("hf_rope")
@@ -221,7 +223,7 @@ class RopeHFLM(HFLM):  # type: ignore[misc]
         if peft is not None:
             if len(self.tokenizer) > self._model.get_input_embeddings().num_embeddings:
                 self._model.resize_token_embeddings(len(self.tokenizer))
-            self._model = attach_adapter(self._model, peft, revision=kwargs.get("revision"))
+            self._model = load_adapter(self._model, peft, revision=kwargs.get("revision"))
         if kwargs.get("device_map") is not None:
             self._device = self._model.device
         self._patch()

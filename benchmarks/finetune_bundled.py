@@ -1,0 +1,118 @@
+"""What a short LoRA fine-tune does to each method on the bundled model: perplexity and pass keys.
+
+Half of the training text carries pass keys, as in the bundled model's own training. Run it as
+``python benchmarks/finetune_bundled.py``; with ``--keep FOLDER`` it goes on where it stopped.
+"""
+
+import argparse
+import json
+import random
+import statistics
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+from recording import record
+from transformers import TrainingArguments
+
+from hf_rope_ext.assets import DIRECTORY, TEXT
+from hf_rope_ext.evals.passkey import SENTENCE
+from hf_rope_ext.finetune import Recipe, finetune
+
+METHODS = ("none", "linear", "ntk", "yarn")
+FACTOR = 4
+CHARACTERS = 1000
+"""Of a piece of text; four times the trained length in tokens."""
+
+SETTINGS: dict[str, Any] = {
+    "max_steps": 150,
+    "learning_rate": 2e-3,
+    "lr_scheduler_type": "cosine",
+    "warmup_steps": 5,
+    "per_device_train_batch_size": 4,
+}
+LORA: dict[str, Any] = {"lora_rank": 8, "lora_alpha": 16.0, "lora_targets": ["all-linear"]}
+
+
+def pieces(text: Path) -> Dataset:
+    """Return pieces of a text; every second one has a pass key in it and again at its end."""
+    words = text.read_text(encoding="utf-8")
+    draw = random.Random(0)
+    found = []
+    for number, start in enumerate(range(0, len(words) - CHARACTERS, CHARACTERS)):
+        piece = words[start : start + CHARACTERS]
+        if number % 2:
+            sentence = SENTENCE.format(key=f"{draw.randrange(100_000):05d}")
+            place = draw.randrange(len(piece))
+            piece = piece[:place] + sentence + piece[place:] + sentence
+        found.append(piece)
+    return Dataset.from_dict({"text": found})
+
+
+def tuned(model: Path, text: Path, method: str, seed: int) -> dict[str, Any]:
+    """Return perplexity and pass keys by length before and after tuning."""
+    with tempfile.TemporaryDirectory() as output:
+        training = TrainingArguments(
+            output_dir=output,
+            seed=seed,
+            report_to="none",
+            save_strategy="no",
+            use_cpu=True,
+            disable_tqdm=True,
+            **SETTINGS,
+        )
+        recipe = Recipe(
+            model=str(model),
+            method=method,
+            factor=None if method == "none" else FACTOR,
+            sequence_length=FACTOR * 128,
+            held_out=0.15,
+            eval_lengths="1x,2x,4x,8x",
+            eval_windows=32,
+            eval_passkeys=50,
+            **LORA,
+        )
+        done = finetune(recipe, training, data=pieces(text))
+    return {"before": done.before, "after": done.after}
+
+
+def main() -> None:
+    """Measure everything, keeping what is done, and write the result."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--model", type=Path, default=DIRECTORY)
+    parser.add_argument("--text", type=Path, default=TEXT)
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--keep", type=Path, default=Path(tempfile.mkdtemp()))
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    arguments.keep.mkdir(exist_ok=True)
+    runs: dict[str, list[dict[str, Any]]] = {method: [] for method in METHODS}
+    for seed in range(arguments.seeds):
+        for method in METHODS:
+            path = arguments.keep / f"{method} {seed}.json"
+            if not path.is_file():
+                path.write_text(json.dumps(tuned(arguments.model, arguments.text, method, seed)))
+                print(path.stem, path.read_text(), flush=True)
+            runs[method].append(json.loads(path.read_text()))
+    results = {
+        method: {
+            when: {
+                name: {
+                    "mean": statistics.fmean(run[when][name] for run in own),
+                    "stdev": statistics.stdev(
+                        [run[when][name] for run in own] * (1 + (len(own) < 2))
+                    ),
+                }
+                for name in own[0][when]
+            }
+            for when in ("before", "after")
+        }
+        for method, own in runs.items()
+    }
+    print(record("finetune_bundled", results, training=SETTINGS, lora=LORA, seeds=arguments.seeds))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,162 @@
+"""From a recipe to the patched model with the wanted weights trainable."""
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from hf_rope_ext.errors import RopeError
+from hf_rope_ext.finetune.lora import TARGETS, with_adapter
+from hf_rope_ext.finetune.recipe import Recipe
+from hf_rope_ext.finetune.shifted import use_shifted_attention
+from hf_rope_ext.geometry import RopeGeometry
+from hf_rope_ext.loading import read_config
+from hf_rope_ext.methods import LongRope, Method
+from hf_rope_ext.parsing import parse_methods
+from hf_rope_ext.patching import patch_model, patch_of
+from hf_rope_ext.sites import read_sites
+
+
+def load_base(recipe: Recipe) -> nn.Module:
+    """Return the base model as the recipe wants it, not patched.
+
+    Raises:
+        RopeError: If there is none, it was saved patched, or bitsandbytes is not there.
+    """
+    from transformers import AutoModelForCausalLM
+
+    config, record = read_config(recipe.model)
+    if record is not None:
+        raise RopeError(
+            f"{recipe.model!r} was saved patched with {record['method']!r}. Fine-tune the base "
+            f"model, or merge an adapter of it first and pass the factor that is still to come."
+        )
+    options: dict[str, Any] = {"config": config, "dtype": getattr(torch, recipe.dtype)}
+    if recipe.attention is not None:
+        options["attn_implementation"] = recipe.attention
+    if recipe.quantize != "none":
+        options["quantization_config"] = _quantization(recipe)
+        options["device_map"] = {"": _device()}
+    try:
+        model: nn.Module = AutoModelForCausalLM.from_pretrained(recipe.model, **options)
+    except (OSError, ValueError, RuntimeError) as error:
+        reason = str(error).splitlines()[0]
+        raise RopeError(f"cannot load {recipe.model!r}: {reason}") from error
+    return model
+
+
+def patch(model: nn.Module, recipe: Recipe, factor: float | None = None) -> int:
+    """Patch the model as the recipe says.
+
+    Args:
+        model: Unpatched, or patched for an earlier stage of a schedule.
+        recipe: What is wanted.
+        factor: Of this stage of a schedule.
+
+    Returns:
+        The target length, in positions.
+
+    Raises:
+        RopeError: If it cannot be served.
+    """
+    before = patch_of(model)
+    geometry = (before.resolved.sites if before else _sites(model, recipe))[0].geometry
+    trained = geometry.original_max_position_embeddings
+    factor = factor or recipe.factor
+    if recipe.target_length is not None:
+        factor = recipe.target_length / trained
+    methods = parse_methods(recipe.method, factor)
+    if len(methods) != 1:
+        raise RopeError(f"a model is trained under one method, got {recipe.method!r}.")
+    (method,) = methods.values()
+    if recipe.mixed_windows is not None:
+        method = windowed(method, geometry)
+    patch_model(
+        model,
+        method,
+        original_max_position_embeddings=recipe.original_max_position_embeddings,
+        temperature=recipe.temperature,
+        replace=recipe.replace or before is not None,
+    )
+    target = recipe.target_length or method.target_length(geometry)
+    if target is None and factor is not None:
+        target = round(factor * trained)
+    return target or recipe.sequence_length or trained
+
+
+def trained_length(model: nn.Module) -> int:
+    """Return the trained length of a patched model, in positions."""
+    found = patch_of(model)
+    sites = found.resolved.sites if found else read_sites(model)
+    return sites[0].geometry.original_max_position_embeddings
+
+
+def windowed(method: Method, geometry: RopeGeometry) -> Method:
+    """Return a method that leaves requests within the trained length alone.
+
+    LongRoPE2 (Shang et al., 2025, arXiv:2502.20082, sec. 3.3) trains short windows with the
+    original frequencies and long ones with the scaled. A method that follows the request does so
+    as it is; any other becomes ``longrope`` with its slowdowns as the long list, which stock tools
+    load. That type has one temperature for both lists, which is then 1.
+    """
+    if method.length_dependent:
+        return method
+    slowdown = (geometry.inv_freq() / method.plan(geometry).inv_freq).tolist()
+    length = method.target_length(geometry) or geometry.original_max_position_embeddings
+    factor = max(length / geometry.original_max_position_embeddings, 1.0)
+    return LongRope(factor=factor, long_factor=slowdown, attention_factor=1.0)
+
+
+def trainable(model: nn.Module, recipe: Recipe) -> nn.Module:
+    """Return the model with the recipe's weights trainable and its attention for training."""
+    if recipe.quantize != "none":
+        from peft import prepare_model_for_kbit_training
+
+        # the Trainer switches checkpointing on itself, if it is wanted
+        model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
+    targets: str | list[str] = list(recipe.lora_targets)
+    if len(targets) == 1 and targets[0] in TARGETS:
+        targets = targets[0]
+    model = with_adapter(
+        model,
+        recipe.adapter,
+        rank=recipe.lora_rank,
+        alpha=recipe.lora_alpha,
+        dropout=recipe.lora_dropout,
+        targets=targets,
+        norms_and_embeddings_too=recipe.train_norms_and_embeddings,
+    )
+    if recipe.shifted_groups is not None:
+        use_shifted_attention(model, recipe.shifted_groups)
+    return model
+
+
+def _sites(model: nn.Module, recipe: Recipe) -> list[Any]:
+    return read_sites(
+        model, original_max_position_embeddings=recipe.original_max_position_embeddings
+    )
+
+
+def _quantization(recipe: Recipe) -> Any:
+    """Return how weights are quantized: QLoRA (Dettmers et al., 2023, arXiv:2305.14314)."""
+    from importlib.util import find_spec
+
+    from transformers import BitsAndBytesConfig
+
+    if find_spec("bitsandbytes") is None:
+        raise RopeError("quantize needs bitsandbytes: pip install bitsandbytes")
+    if recipe.quantize == "8bit":
+        return BitsAndBytesConfig(load_in_8bit=True)
+    compute = torch.bfloat16 if recipe.dtype == "float32" else getattr(torch, recipe.dtype)
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=compute,
+    )
+
+
+def _device() -> str | int:
+    import os
+
+    return int(os.environ.get("LOCAL_RANK", "0")) if torch.cuda.is_available() else "cpu"

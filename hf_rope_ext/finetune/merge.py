@@ -1,0 +1,63 @@
+"""From a base model and its adapter to one model that stock tools load."""
+
+from pathlib import Path
+from typing import Any
+
+from hf_rope_ext.errors import RopeError
+from hf_rope_ext.export import export
+from hf_rope_ext.loading import load_pretrained
+from hf_rope_ext.patching import patch_model, patch_of
+
+
+def merge_adapter(
+    adapter: str | Path, output: str | Path, *, frozen: int | None = None, **kwargs: Any
+) -> None:
+    """Write the base model with its adapter's weights added and its RoPE in the plain config.
+
+    ``AutoModelForCausalLM.from_pretrained(output)`` then computes the same logits, without this
+    package or PEFT.
+
+    Args:
+        adapter: Directory of an adapter that was trained on a patched model.
+        output: Where to; a new or empty directory.
+        frozen: For a method whose plan follows the request: the length, in positions, whose plan
+            the merged model gets at every length.
+        **kwargs: Passed to ``from_pretrained`` of the base model, such as ``dtype``.
+
+    Raises:
+        RopeError: If ``adapter`` is none, ``output`` holds something, or the method has no form
+            in a stock config. Nothing is written then.
+    """
+    adapter, output = Path(adapter), Path(output)
+    if not (adapter / "adapter_config.json").is_file():
+        raise RopeError(f"{str(adapter)!r} holds no adapter.")
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise RopeError(f"{str(output)!r} exists already; give a new directory.")
+    model: Any = load_pretrained(adapter, **kwargs)
+    patch = patch_of(model)
+    if patch is not None and frozen is not None:
+        first = patch.resolved.sites[0].geometry
+        method = patch.resolved.method.frozen(first, frozen)
+        patch_model(
+            model,
+            method,
+            original_max_position_embeddings=first.original_max_position_embeddings,
+            temperature=patch.resolved.temperature,
+            replace=True,
+        )
+    if patch is not None:
+        export(model)  # raises where stock tools could not read the config
+    merged = model.merge_and_unload(safe_merge=True)
+    merged.save_pretrained(output)
+    _copy_tokenizer(adapter, model, output)
+
+
+def _copy_tokenizer(adapter: Path, model: Any, output: Path) -> None:
+    from transformers import AutoTokenizer
+
+    for source in (adapter, model.peft_config["default"].base_model_name_or_path):
+        try:
+            AutoTokenizer.from_pretrained(source).save_pretrained(output)
+        except (OSError, ValueError):
+            continue
+        return

@@ -1,0 +1,143 @@
+"""Shifted sparse attention (S2-Attn): train long sequences at the price of short ones.
+
+LongLoRA (Chen et al., 2023, arXiv:2309.12307, sec. 3.2): the sequence is cut into groups, and a
+token attends within its group; half of the heads have their groups shifted by half a group, so
+that information crosses the borders. It is for training only; evaluation and use attend in full.
+
+The paper shifts by rolling the sequence, which puts its first tokens behind its last ones in one
+group and lets them attend to the future. Here the shifted heads' first and last groups are half
+ones, and no token sees a later one.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from hf_rope_ext.errors import RopeError
+
+NAME = "hf_rope_shifted"
+"""Under which transformers knows the attention and its mask."""
+
+_GROUPS = "_hf_rope_groups"
+
+
+def use_shifted_attention(model: nn.Module, groups: int = 4) -> None:
+    """Make a model attend in shifted groups while it trains.
+
+    In ``eval()`` it computes the full attention, as before.
+
+    Args:
+        model: A transformers model or a PEFT model around one.
+        groups: Into how many groups a sequence is cut; the paper takes 4.
+
+    Raises:
+        RopeError: If the family does not use transformers' attention interface, or ``groups`` is
+            less than 2.
+    """
+    from transformers import AttentionInterface, PreTrainedModel
+    from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
+
+    if isinstance(groups, bool) or not isinstance(groups, int) or groups < 2:
+        raise RopeError(f"shifted attention needs at least 2 groups, got {groups!r}.")
+    AttentionInterface.register(NAME, shifted_attention)
+    # without a twin of the same name transformers hands over no mask, padding or not
+    AttentionMaskInterface.register(NAME, sdpa_mask)
+    inner = next((part for part in model.modules() if isinstance(part, PreTrainedModel)), None)
+    if inner is None or not inner._supports_attention_backend:
+        raise RopeError(
+            f"{type(inner or model).__name__} does not use transformers' attention interface, so "
+            f"its attention cannot be replaced; train with full attention."
+        )
+    inner.set_attn_implementation(NAME)
+    for module in model.modules():
+        if "attention" in type(module).__name__.lower():
+            setattr(module, _GROUPS, groups)
+
+
+def shifted_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """Attend in shifted groups in training, in full otherwise; an attention of transformers.
+
+    Args:
+        module: The attention module.
+        query: ``(batch, heads, seq, head_dim)``.
+        key: ``(batch, kv_heads, kv_seq, head_dim)``.
+        value: As ``key``.
+        attention_mask: None for plain causal, else ``(batch, 1, seq, kv_seq)``, true where a query
+            may attend; it holds within the groups too.
+        dropout: Of the attention weights.
+        scaling: Of the logits.
+        **kwargs: What else transformers passes.
+
+    Returns:
+        ``(batch, seq, heads, head_dim)`` and None.
+
+    Raises:
+        RopeError: If the sequence cannot be cut into groups of an even number of tokens.
+    """
+    from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
+
+    groups = getattr(module, _GROUPS, None)
+    if not module.training or groups is None or query.shape[2] != key.shape[2]:
+        return sdpa_attention_forward(  # type: ignore[no-any-return]
+            module, query, key, value, attention_mask, dropout, scaling, **kwargs
+        )
+    if kwargs.get("softcap") is not None or kwargs.get("s_aux") is not None:
+        raise RopeError(
+            "shifted attention has no soft cap and no sinks; train with full attention."
+        )
+    repeats = query.shape[1] // key.shape[1]
+    key, value = repeat_kv(key, repeats), repeat_kv(value, repeats)
+    length, heads = query.shape[2], query.shape[1]
+    if length % (2 * groups):
+        raise RopeError(
+            f"shifted attention cuts {length} tokens into {groups} groups of an even size; use a "
+            f"sequence length that is a multiple of {2 * groups}."
+        )
+    size, straight = length // groups, heads - heads // 2
+    half = size // 2
+
+    def attend(heads: slice, start: int, stop: int, width: int) -> Tensor:
+        """Attend within spans of ``width`` tokens of ``start:stop``."""
+        spans = (stop - start) // width
+        q, k, v = (
+            tensor[:, heads, start:stop]
+            .reshape(len(tensor), -1, spans, width, tensor.shape[-1])
+            .transpose(1, 2)
+            .flatten(0, 1)
+            for tensor in (query, key, value)
+        )
+        mask = _spans(attention_mask, start, spans, width)
+        out = functional.scaled_dot_product_attention(
+            q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=mask is None, scale=scaling
+        )
+        shape = (len(query), spans, -1, width, value.shape[-1])
+        return out.reshape(shape).transpose(1, 2).flatten(2, 3)
+
+    first, second = slice(0, straight), slice(straight, heads)
+    shifted = [
+        attend(second, 0, half, half),
+        attend(second, half, length - half, size),
+        attend(second, length - half, length, half),
+    ]
+    out = torch.cat((attend(first, 0, length, size), torch.cat(shifted, dim=2)), dim=1)
+    return out.transpose(1, 2).contiguous(), None
+
+
+def _spans(mask: Tensor | None, start: int, spans: int, width: int) -> Tensor | None:
+    """Return the blocks of a mask on the diagonal, ``(batch * spans, 1, width, width)``."""
+    if mask is None:
+        return None
+    places = [slice(start + index * width, start + (index + 1) * width) for index in range(spans)]
+    blocks = torch.stack([mask[:, :, place, place] for place in places], dim=1)
+    return blocks.flatten(0, 1)

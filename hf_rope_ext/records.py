@@ -1,0 +1,48 @@
+"""The record of a patch, as configs and adapters keep it: checked, read and applied."""
+
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from hf_rope_ext.errors import RopeError
+from hf_rope_ext.methods import Method, make_method
+from hf_rope_ext.patching import patch_model
+
+RECORD_VERSION = 1
+
+
+def recorded_method(record: dict[str, Any]) -> Method:
+    """Return the method of a record."""
+    values = dict(record["method"])
+    return make_method(values.pop("name"), **values)
+
+
+def restore(model: nn.Module, record: dict[str, Any]) -> nn.Module:
+    """Patch a model as a record says."""
+    return patch_model(
+        model,
+        recorded_method(record),
+        target_length=record.get("target_length"),
+        original_max_position_embeddings=record["original_max_position_embeddings"],
+        layer_types=record.get("layer_types"),
+        temperature=record["temperature"],
+        replace=True,
+        **record.get("lengths", {}),
+    )
+
+
+def require_known(record: Any, source: str | Path) -> None:
+    """Check that a record is one this version wrote, or can read.
+
+    Raises:
+        RopeError: If it is not.
+    """
+    if not isinstance(record, dict) or record.get("version") != RECORD_VERSION:
+        raise RopeError(
+            f"{str(source)!r} holds a RoPE record this version does not know "
+            f"({record!r}); install the hf-rope-ext that wrote it, or a newer one."
+        )
+    missing = {"method", "original_max_position_embeddings", "temperature"} - record.keys()
+    if missing:
+        raise RopeError(f"the RoPE record of {str(source)!r} lacks {', '.join(sorted(missing))}.")

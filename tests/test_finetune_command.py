@@ -1,0 +1,178 @@
+"""The commands, the example and its recipes, quantized weights, and the memory estimate."""
+
+import json
+import runpy
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from accelerate.commands.launch import launch_command_parser
+from conftest import logits, tiny_llama
+from finetuning import recipe, training, write_model, write_text
+from transformers import AutoModelForCausalLM
+
+from hf_rope_ext import RopeError, load_pretrained, patch_model
+from hf_rope_ext.__main__ import main
+from hf_rope_ext.finetune import estimate_memory, finetune, parse, with_adapter
+from hf_rope_ext.finetune.recipe import describe_flags
+from hf_rope_ext.patching import patch_of
+
+EXAMPLES = Path(__file__).parent.parent / "examples"
+
+
+@pytest.fixture(autouse=True)
+def _no_picture(monkeypatch):
+    monkeypatch.setattr("hf_rope_ext.finetune.run.plot_curve", lambda history, path: None)
+
+
+@pytest.fixture
+def model(tmp_path):
+    return write_model(tmp_path / "base")
+
+
+@pytest.fixture
+def data(tmp_path):
+    return write_text(tmp_path / "data.jsonl")
+
+
+def command(monkeypatch, *words):
+    monkeypatch.setattr(sys, "argv", ["hf-rope", *map(str, words)])
+    try:
+        main()
+    except SystemExit as stopped:
+        return stopped.code or 0
+    return 0
+
+
+def test_a_recipe_is_run_and_its_adapter_merged(tmp_path, model, data, ids, monkeypatch, capsys):
+    file = tmp_path / "recipe.yaml"
+    file.write_text(
+        yaml.safe_dump(
+            {
+                "model": str(model),
+                "data": str(data),
+                "factor": 2,
+                "max_steps": 9,
+                "eval_lengths": "1x",
+                "eval_passkeys": 0,
+                "eval_targets": 8,
+                "held_out": 0.1,
+                "use_cpu": True,
+                "disable_tqdm": True,
+                "eval_strategy": "no",
+                "cache": str(tmp_path / "cache"),
+            }
+        )
+    )
+    words = [file, "--max_steps", 2, "--output_dir", tmp_path / "out", "--json"]
+
+    assert command(monkeypatch, "finetune", *words) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["before"].keys() == found["after"].keys() == {"perplexity_64"}
+    tuned = load_pretrained(tmp_path / "out").eval()
+    assert command(monkeypatch, "merge", tmp_path / "out", tmp_path / "merged") == 0
+    stock = AutoModelForCausalLM.from_pretrained(tmp_path / "merged").eval()
+    torch.testing.assert_close(logits(stock, ids), logits(tuned, ids), rtol=1e-4, atol=1e-4)
+
+
+def test_what_is_wrong_is_one_line(monkeypatch, capsys, tmp_path):
+    assert command(monkeypatch, "finetune", "--modle", "m") == 2
+    assert "Did you mean 'model'" in capsys.readouterr().err
+    assert command(monkeypatch, "finetune", tmp_path / "none.yaml") == 2
+    assert "cannot read the recipe" in capsys.readouterr().err
+    assert command(monkeypatch, "merge", tmp_path, tmp_path / "out") == 2
+    assert "holds no adapter" in capsys.readouterr().err
+
+
+def test_every_field_is_listed_with_what_it_says(monkeypatch, capsys):
+    rows = describe_flags()
+
+    assert len(rows) > 30
+    assert all(says and ": " not in says[:15] for _, _, says in rows)
+    assert command(monkeypatch, "finetune", "--fields") == 0
+    assert "pose_length" in capsys.readouterr().out
+
+
+def test_the_example_runs(tmp_path, data, monkeypatch, capsys):
+    model = write_model(tmp_path / "base", max_position_embeddings=128)
+    words = ["--model", model, "--data", data, "--factor", 2, "--steps", 1, "--output", tmp_path]
+    monkeypatch.setattr(sys, "argv", ["finetune_lora.py", *map(str, words)])
+
+    runpy.run_path(str(EXAMPLES / "finetune_lora.py"), run_name="__main__")
+
+    assert "yarn" in capsys.readouterr().out
+    assert (tmp_path / "merged" / "config.json").is_file()
+
+
+@pytest.mark.parametrize("name", ["yarn_lora", "qlora", "pose"])
+def test_the_recipes_of_the_examples_are_understood(name, tmp_path):
+    found, _ = parse(["--output_dir", str(tmp_path)], EXAMPLES / "finetune" / f"{name}.yaml")
+
+    assert found.method == "yarn"
+
+
+@pytest.mark.parametrize("name", ["ddp", "fsdp2", "context_parallel", "sequence_parallel"])
+def test_the_launch_configs_have_no_field_accelerate_does_not_know(name):
+    from accelerate.commands.config.config_args import load_config_from_file
+
+    path = EXAMPLES / "finetune" / f"{name}.yaml"
+    config = load_config_from_file(str(path))
+    flags = {action.dest for action in launch_command_parser()._actions}
+
+    assert config.num_processes == 8
+    for group in ("fsdp_config", "parallelism_config"):
+        assert set(getattr(config, group)) <= flags
+
+
+@pytest.mark.parametrize("technique", ["pose_length", "shifted_groups", "mixed_windows"])
+def test_techniques_that_need_whole_sequences_are_refused_where_they_are_spread(
+    technique, tmp_path, model, data, monkeypatch
+):
+    monkeypatch.setenv("PARALLELISM_CONFIG_CP_SIZE", "2")
+    value = {"pose_length": 32, "shifted_groups": 4, "mixed_windows": 0.5}[technique]
+    with pytest.raises(RopeError, match=f"{technique} needs whole sequences"):
+        finetune(recipe(model, data, **{technique: value}), training(tmp_path / "out"))
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_quantized_weights_are_tuned_and_come_back_with_their_rope(tmp_path, model, data):
+    pytest.importorskip("bitsandbytes")
+    done = finetune(recipe(model, data, quantize="4bit"), training(tmp_path / "out"))
+
+    inner = done.model.get_base_model()
+    layer = inner.model.layers[0].self_attn.q_proj.base_layer
+    assert layer.weight.dtype == torch.uint8
+    assert done.after["perplexity_64"] < done.before["perplexity_64"]
+    assert patch_of(load_pretrained(tmp_path / "out")).resolved.method.factor == 2
+
+
+def test_lengths_without_room_are_refused_before_anything_is_written(tmp_path, model, data):
+    for change in ({"eval_targets": 64}, {"eval_passkeys": 5, "eval_lengths": "0.25x"}):
+        with pytest.raises(RopeError, match=r"no context before|no room for"):
+            finetune(recipe(model, data, **change), training(tmp_path / "out"))
+        assert not (tmp_path / "out").exists()
+
+
+def test_liger_is_named_where_it_is_missing(tmp_path, model, data, monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(RopeError, match="liger-kernel"):
+        finetune(recipe(model, data, loss="liger"), training(tmp_path / "out"))
+
+
+def test_the_estimate_counts_weights_and_moments_exactly_and_follows_the_settings():
+    model = with_adapter(patch_model(tiny_llama(num_hidden_layers=6), "yarn", factor=4))
+    weights = sum(one.numel() for one in model.parameters())
+    trained = sum(one.numel() for one in model.parameters() if one.requires_grad)
+    found = estimate_memory(model, 1000)
+
+    assert found.weights == 4 * weights
+    assert found.training == (4 + 8) * trained
+    assert found.total == found.weights + found.training + found.activations + found.loss
+    assert estimate_memory(model, 1000, checkpointing=False).activations > found.activations
+    assert estimate_memory(model, 1000, offload=True).activations < found.activations
+    assert estimate_memory(model, 1000, loss_chunk=None).loss == 1000 / 512 * found.loss
+    assert estimate_memory(model, 1000, shards=2).weights == found.weights // 2

@@ -1,0 +1,163 @@
+"""The chunked loss against the loss that transformers computes from all logits."""
+
+import inspect
+
+import pytest
+import torch
+import zoo
+from conftest import tiny_llama
+from peft import LoraConfig, get_peft_model
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from hf_rope_ext import RopeError
+from hf_rope_ext.finetune import chunked_loss
+
+
+def labels_of(ids):
+    labels = ids.clone()
+    labels[0, :17] = -100
+    return labels
+
+
+def step(model, ids, **arguments):
+    """The loss and the gradients of every trained weight."""
+    model.zero_grad()
+    loss = model(ids, labels=labels_of(ids), use_cache=False, **arguments).loss
+    loss.backward()
+    return loss.detach(), {
+        name: weight.grad.clone()
+        for name, weight in model.named_parameters()
+        if weight.grad is not None
+    }
+
+
+def assert_same_step(model, ids, **arguments):
+    loss, grads = step(model, ids, **arguments)
+    with chunked_loss(model, 7):
+        found, found_grads = step(model, ids, **arguments)
+
+    torch.testing.assert_close(found, loss, rtol=1e-5, atol=0.0)
+    assert found_grads.keys() == grads.keys()
+    for name, grad in grads.items():
+        torch.testing.assert_close(found_grads[name], grad, rtol=1e-4, atol=1e-6, msg=name)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("items", [None, torch.tensor(91)])
+def test_loss_and_gradients_are_those_of_the_full_logits(ids, tied, items):
+    assert_same_step(tiny_llama(tie_word_embeddings=tied), ids, num_items_in_batch=items)
+
+
+@pytest.mark.parametrize("targets", [["q_proj"], ["q_proj", "lm_head"]])
+def test_a_frozen_and_an_adapted_head_train_as_before(ids, targets):
+    torch.manual_seed(1)
+    model = get_peft_model(tiny_llama(), LoraConfig(r=2, target_modules=targets))
+    for name, weight in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(weight, std=0.1)
+
+    assert_same_step(model, ids)
+
+
+# soft caps, scales and biases between the body and the loss are the family's own
+@pytest.mark.parametrize(
+    "model_type", ["gemma2", "granite", "cohere", "llama4_text", "mixtral", "gpt_neox"]
+)
+def test_what_a_family_does_to_its_logits_is_done(model_type):
+    model = zoo.build(model_type).float()
+    ids = torch.randint(3, 60, (2, 40), generator=torch.Generator().manual_seed(0))
+
+    assert_same_step(model, ids)
+
+
+def test_labels_can_come_shifted(ids):
+    model = tiny_llama()
+    with chunked_loss(model, 13), torch.no_grad():
+        found = model(ids, labels=ids, shift_labels=ids.roll(-1, dims=1)).loss
+
+    torch.testing.assert_close(
+        found, model(ids, labels=ids, shift_labels=ids.roll(-1, dims=1)).loss, rtol=1e-5, atol=0.0
+    )
+
+
+class Largest(TorchDispatchMode):
+    """Remembers the size of the largest tensor made."""
+
+    numbers = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for one in out if isinstance(out, tuple | list) else [out]:
+            if isinstance(one, torch.Tensor):
+                self.numbers = max(self.numbers, one.numel())
+        return out
+
+
+def test_no_tensor_is_as_large_as_the_logits():
+    model = tiny_llama(vocab_size=4000, num_attention_heads=2, num_key_value_heads=1)
+    model.lm_head.requires_grad_(False)
+    model.model.embed_tokens.requires_grad_(False)
+    ids = torch.randint(0, 4000, (1, 256))
+    with Largest() as plain:
+        model(ids, labels=ids, use_cache=False).loss.backward()
+    with chunked_loss(model, 16), Largest() as chunked:
+        model(ids, labels=ids, use_cache=False).loss.backward()
+
+    assert plain.numbers == 256 * 4000
+    # the weight of the head itself is the largest that is left
+    assert chunked.numbers == model.lm_head.weight.numel()
+
+
+def test_a_model_that_computes_more_than_a_cross_entropy_is_refused():
+    model = tiny_llama()
+    plain = model.loss_function
+    model.loss_function = lambda **kwargs: plain(**kwargs) + 1
+
+    with pytest.raises(RopeError, match="more than a cross-entropy"), chunked_loss(model):
+        pass
+    assert "forward" not in vars(model)
+
+
+def test_router_losses_are_not_dropped():
+    model = zoo.build("mixtral").float()
+    model.config.output_router_logits = True
+
+    with pytest.raises(RopeError, match="a loss of its own"), chunked_loss(model):
+        pass
+
+
+@pytest.mark.parametrize("chunk", [0, -1, 2.5, True])
+def test_a_chunk_is_a_number_of_tokens(llama, chunk):
+    with pytest.raises(RopeError, match="at least 1"), chunked_loss(llama, chunk):
+        pass
+
+
+def test_a_plain_trainer_sees_the_same_arguments(llama):
+    """Trainer drops the columns that a forward does not name, input_ids among them."""
+    plain = inspect.signature(llama.forward)
+    with chunked_loss(llama):
+        assert inspect.signature(llama.forward) == plain
+
+
+def test_the_forward_is_put_back_and_not_replaced_twice(llama, ids):
+    with chunked_loss(llama):
+        with pytest.raises(RopeError, match="replaced already"), chunked_loss(llama):
+            pass
+        assert llama(ids, labels=ids).logits.shape[1] == 0
+        assert llama(ids).logits.shape[1] == ids.shape[1]
+    assert llama(ids, labels=ids).logits.shape[1] == ids.shape[1]
+
+
+def test_half_precision_gradients_do_not_underflow(ids):
+    """A mean over many tokens in float16 would be 0; the sum is scaled afterwards."""
+    model = tiny_llama(hidden_size=64).to(torch.bfloat16)
+    loss, grads = step(model, ids)
+    with chunked_loss(model, 50):
+        found, found_grads = step(model, ids)
+
+    torch.testing.assert_close(found, loss, rtol=2e-2, atol=0.0)
+    norm = torch.stack([grad.float().norm() for grad in grads.values()]).norm()
+    distance = torch.stack(
+        [(found_grads[name] - grad).float().norm() for name, grad in grads.items()]
+    ).norm()
+    assert distance < 0.02 * norm

@@ -1,0 +1,368 @@
+"""Whole runs: what is left behind, killed and resumed, in two processes, and what is refused."""
+
+import dataclasses
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import TRAINED, logits
+from finetuning import recipe, training, write_model, write_text
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, Trainer
+
+from hf_rope_ext import RopeError, load_pretrained
+from hf_rope_ext.finetune import RememberRope, finetune, parse, with_adapter
+from hf_rope_ext.finetune.trainer import last_checkpoint
+from hf_rope_ext.patching import patch_model, patch_of
+
+HERE = Path(__file__).parent
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*use_reentrant.*")
+
+
+@pytest.fixture(autouse=True)
+def _no_picture(request, monkeypatch):
+    """Drawing takes longer than training these models."""
+    if "curve" not in request.node.name:
+        monkeypatch.setattr("hf_rope_ext.finetune.run.plot_curve", lambda history, path: None)
+
+
+@pytest.fixture
+def model(tmp_path):
+    return write_model(tmp_path / "base")
+
+
+@pytest.fixture
+def data(tmp_path):
+    return write_text(tmp_path / "data.jsonl")
+
+
+def weights(directory):
+    return load_file(directory / "adapter_model.safetensors")
+
+
+def assert_same(found, expected, **tolerance):
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name], value, **tolerance, msg=name)
+
+
+def test_a_run_leaves_an_adapter_a_log_a_curve_and_numbers(tmp_path, model, data, ids):
+    done = finetune(recipe(model, data), training(tmp_path / "out"))
+    out = tmp_path / "out"
+
+    lines = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines if "loss" in line] == [1, 2, 3, 4]
+    assert [line["step"] for line in lines if "eval_perplexity_128" in line] == [0, 2, 4, 4]
+    assert done.before.keys() == {"perplexity_64", "perplexity_128"}
+    assert done.after["perplexity_64"] < 0.9 * done.before["perplexity_64"]
+    assert (out / "curve.png").read_bytes()[:4] == b"\x89PNG"
+    expected = logits(done.model.eval(), ids)
+    for saved in (out, out / "checkpoint-4"):
+        found = load_pretrained(saved).eval()
+        assert patch_of(found).resolved.method.factor == 2
+        torch.testing.assert_close(logits(found, ids), expected, rtol=0, atol=0)
+    assert (out / "checkpoint-2" / "hf_rope_ext.json").is_file()
+    assert "forward" not in vars(done.model.get_base_model())
+
+
+def test_the_chunked_loss_trains_as_the_plain_one(tmp_path, model, data):
+    runs = {}
+    for loss in ("chunked", "plain"):
+        finetune(recipe(model, data, loss=loss), training(tmp_path / loss, save_strategy="no"))
+        runs[loss] = weights(tmp_path / loss)
+
+    assert_same(runs["chunked"], runs["plain"], rtol=1e-3, atol=2e-5)
+
+
+def test_activation_checkpointing_changes_nothing(tmp_path, model, data):
+    for name in ("without", "with"):
+        arguments = training(
+            tmp_path / name, save_strategy="no", activation_checkpointing=name == "with"
+        )
+        finetune(recipe(model, data), arguments)
+
+    assert_same(weights(tmp_path / "with"), weights(tmp_path / "without"), rtol=0, atol=1e-6)
+
+
+def resumable(model, data, out, **settings):
+    """A run with everything random in it: dropout in the adapter, and a shuffled order."""
+    return (
+        recipe(model, data, lora_dropout=0.1, resume=True),
+        training(
+            out,
+            max_steps=7,
+            gradient_accumulation_steps=2,
+            eval_strategy="no",
+            lr_scheduler_type="cosine",
+            **settings,
+        ),
+    )
+
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+sys.path.insert(0, sys.argv[1])
+from transformers import TrainerCallback
+from hf_rope_ext.finetune import finetune, run
+from test_finetune_run import resumable
+class Kill(TrainerCallback):
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == int(sys.argv[5]):
+            os.kill(os.getpid(), signal.SIGKILL)
+plain = run.LongContextTrainer
+def killed(*args, **kwargs):
+    trainer = plain(*args, **kwargs)
+    trainer.add_callback(Kill())
+    return trainer
+run.LongContextTrainer = killed
+finetune(*resumable(Path(sys.argv[2]), Path(sys.argv[3]), Path(sys.argv[4])))
+"""
+
+
+def test_killed_at_a_random_step_it_ends_with_the_same_weights(tmp_path, model, data):
+    step = random.Random(time.time()).randint(3, 6)
+    finetune(*resumable(model, data, tmp_path / "whole"))
+    words = [str(HERE), str(model), str(data), str(tmp_path / "killed"), str(step)]
+    killed = subprocess.run([sys.executable, "-c", KILLED, *words], capture_output=True, text=True)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    assert not (tmp_path / "killed" / "adapter_model.safetensors").exists()
+
+    finetune(*resumable(model, data, tmp_path / "killed"))
+
+    assert_same(weights(tmp_path / "killed"), weights(tmp_path / "whole"), rtol=0, atol=0)
+
+    def log(out):
+        lines = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+        return [(line["step"], line["loss"]) for line in lines if "loss" in line]
+
+    assert log(tmp_path / "killed") == log(tmp_path / "whole")
+
+
+def test_a_checkpoint_that_was_being_written_is_passed_over(tmp_path, model, data):
+    finetune(recipe(model, data), training(tmp_path / "out"))
+    state = tmp_path / "out" / "checkpoint-4" / "trainer_state.json"
+    state.write_text(state.read_text()[:100])
+    (tmp_path / "out" / "checkpoint-6").mkdir()
+
+    assert last_checkpoint(tmp_path / "out").name == "checkpoint-2"
+    assert last_checkpoint(tmp_path / "none") is None
+
+
+def test_another_run_is_neither_written_over_nor_continued_with_other_settings(
+    tmp_path, model, data
+):
+    finetune(recipe(model, data), training(tmp_path / "out", max_steps=1))
+
+    with pytest.raises(RopeError, match="holds a run already"):
+        finetune(recipe(model, data), training(tmp_path / "out", max_steps=1))
+    with pytest.raises(RopeError, match=r"factor was 2\.0.*max_steps was 1"):
+        finetune(
+            recipe(model, data, factor=4.0, resume=True), training(tmp_path / "out", max_steps=3)
+        )
+
+
+SHARED = """
+import sys
+from pathlib import Path
+sys.path.insert(0, sys.argv[1])
+from hf_rope_ext.finetune import finetune
+from test_finetune_run import shared
+paths = map(Path, sys.argv[2:5])
+recipe, training = shared(*paths, 1, eval(sys.argv[5]))
+assert training.world_size == 2
+finetune(recipe, training)
+"""
+
+
+def shared(model, data, out, rows, settings):
+    """Three steps of two rows, in one process or one row in each of two."""
+    how = {"save_strategy": "no", "eval_strategy": "no", "max_steps": 3}
+    if rows == 1:
+        how["ddp_backend"] = "gloo"
+    return recipe(model, data, **settings), training(out, per_device_train_batch_size=rows, **how)
+
+
+def launch(script, words, *options):
+    """Run a script in two processes that talk over gloo."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"]
+    command += ["--standalone", *options, str(script), *map(str, words)]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+@pytest.mark.parametrize(
+    "settings", [{}, pytest.param({"pose_length": 64}, marks=pytest.mark.slow)]
+)
+def test_two_processes_train_as_one(tmp_path, model, data, settings):
+    finetune(*shared(model, data, tmp_path / "one", 2, settings))
+    script = tmp_path / "shared.py"
+    script.write_text(SHARED)
+
+    launch(script, [HERE, model, data, tmp_path / "two", settings])
+
+    def losses(out):
+        lines = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+        return [line["loss"] for line in lines if "loss" in line]
+
+    assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=1e-5)
+    assert_same(weights(tmp_path / "two"), weights(tmp_path / "one"), rtol=1e-3, atol=2e-5)
+
+
+def test_any_trainer_can_remember_the_rope(tmp_path, model, data):
+    base = patch_model(AutoModelForCausalLM.from_pretrained(model), "yarn", factor=2)
+    rows = [{"input_ids": torch.arange(20), "labels": torch.arange(20)}] * 4
+    trainer = Trainer(
+        model=with_adapter(base),
+        args=training(tmp_path / "out", max_steps=2, eval_strategy="no"),
+        train_dataset=rows,
+        callbacks=[RememberRope()],
+    )
+    trainer.train()
+
+    found = load_pretrained(tmp_path / "out" / "checkpoint-2")
+    assert patch_of(found).resolved.method.name == "yarn"
+
+
+def test_a_schedule_trains_one_factor_after_the_other(tmp_path, model, data, ids):
+    done = finetune(
+        recipe(model, data, factor=None, factor_schedule="2:2,4:3", eval_lengths="1x,4x"),
+        training(tmp_path / "out", save_steps=1),
+    )
+
+    first = load_pretrained(tmp_path / "out" / "stage-1").eval()
+    last = load_pretrained(tmp_path / "out").eval()
+    assert patch_of(first).resolved.method.factor == 2
+    assert patch_of(last).resolved.method.factor == 4
+    torch.testing.assert_close(logits(last, ids), logits(done.model.eval(), ids), rtol=0, atol=0)
+    logs = [tmp_path / "out" / "stage-1" / "log.jsonl", tmp_path / "out" / "log.jsonl"]
+    steps = [
+        len([line for line in log.read_text().splitlines() if '"loss"' in line]) for log in logs
+    ]
+    assert steps == [2, 3]
+
+
+def test_full_fine_tuning_leaves_a_model_that_stock_loads(tmp_path, model, data, ids):
+    done = finetune(recipe(model, data, adapter="full"), training(tmp_path / "out"))
+
+    expected = logits(done.model.eval(), ids)
+    stock = AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
+    torch.testing.assert_close(logits(stock, ids), expected, rtol=1e-4, atol=1e-4)
+    found = load_pretrained(tmp_path / "out").eval()
+    torch.testing.assert_close(logits(found, ids), expected, rtol=0, atol=0)
+
+
+def test_what_does_not_fit_is_refused_before_it_starts(tmp_path, model, data, monkeypatch):
+    monkeypatch.setattr("hf_rope_ext.finetune.memory._free", lambda device: 1000)
+
+    with pytest.raises(RopeError, match=r"Nothing was started\. Try: activation_checkpointing"):
+        finetune(recipe(model, data), training(tmp_path / "out"))
+    assert not (tmp_path / "out").exists()
+    finetune(recipe(model, data, check_memory=False), training(tmp_path / "out", max_steps=1))
+
+
+def test_running_out_of_memory_is_one_error(tmp_path, model, data, monkeypatch):
+    def fail(*args, **kwargs):
+        raise torch.OutOfMemoryError("tried to allocate 9 GiB")
+
+    monkeypatch.setattr("hf_rope_ext.finetune.trainer.LongContextTrainer.compute_loss", fail)
+    with pytest.raises(RopeError, match="ran out of memory: tried to allocate 9 GiB"):
+        finetune(recipe(model, data), training(tmp_path / "out"))
+
+
+def test_a_recipe_is_a_file_with_flags_over_it(tmp_path):
+    path = tmp_path / "recipe.yaml"
+    path.write_text(
+        "model: m\ndata: d\nfactor: 4\nlearning_rate: 1e-4\nlora_targets: [q_proj, v_proj]\n"
+        f"output_dir: {tmp_path}\nuse_cpu: true\nactivation_checkpointing: false\n"
+    )
+    found, how = parse(["--factor", "8", "--chat", "--max_steps=7"], path)
+
+    assert (found.factor, found.lora_targets, found.chat) == (8.0, ["q_proj", "v_proj"], True)
+    assert (how.learning_rate, how.max_steps, how.warmup_steps) == (1e-4, 7, 20)
+    assert not how.activation_checkpointing
+
+
+@pytest.mark.parametrize(
+    ("text", "words", "match"),
+    [
+        ("modle: m", [], "Did you mean 'model'"),
+        ("lora_rank: many", [], "lora_rank: 'many' is not a int"),
+        ("lora_rank: 2.5", [], r"lora_rank: 2\.5 is not a int"),
+        ("- a", [], "not a list of name: value"),
+        ("a: [", [], "cannot read the recipe"),
+        ("", ["--factor", "x"], "invalid float value: 'x'"),
+        ("", ["--factr", "2"], "Did you mean 'factor'"),
+        ("adapter: lroa", [], "adapter must be one of"),
+        ("loss: fast", [], "loss must be one of"),
+        ("factor: 2\ntarget_length: 8", [], "not both"),
+        ("factor_schedule: 4:2,2:2", [], "factors of at least 1 that grow"),
+        ("factor_schedule: 4x2", [], "is not factor:steps"),
+        ("quantize: 4bit\nadapter: full", [], "cannot be trained"),
+        ("pose_length: 64\nshifted_groups: 4", [], "choose one"),
+    ],
+)
+def test_a_recipe_that_is_not_one_is_refused(tmp_path, text, words, match):
+    path = tmp_path / "recipe.yaml"
+    path.write_text(text)
+    with pytest.raises(RopeError, match=match):
+        parse(["--output_dir", str(tmp_path), *words], path)
+
+
+def test_a_recipe_without_a_model_or_data_is_refused(tmp_path, model, data):
+    for change, match in (({"model": ""}, "no model"), ({"data": ""}, "no data")):
+        with pytest.raises(RopeError, match=match):
+            finetune(dataclasses.replace(recipe(model, data), **change), training(tmp_path / "o"))
+
+
+def test_a_base_that_was_saved_patched_is_refused(tmp_path, model, data):
+    patched = patch_model(AutoModelForCausalLM.from_pretrained(model), "yarn", factor=2)
+    patched.save_pretrained(model)
+    with pytest.raises(RopeError, match=r"saved patched with .*yarn"):
+        finetune(recipe(model, data), training(tmp_path / "out"))
+    assert TRAINED == 64
+
+
+SHARDED = """
+import os, sys
+sys.path.insert(0, sys.argv[1])
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from conftest import tiny_llama
+from hf_rope_ext import patch_model
+from hf_rope_ext.finetune import chunked_loss
+dist.init_process_group("gloo")
+ids = torch.randint(0, 128, (2, 64), generator=torch.Generator().manual_seed(0))
+plain = patch_model(tiny_llama(), "yarn", factor=4).train()
+plain(ids, labels=ids, use_cache=False).loss.backward()
+model = patch_model(tiny_llama(), "yarn", factor=4).train()
+with chunked_loss(model, 10):
+    mesh = init_device_mesh("cpu", (2,))
+    for layer in model.model.layers:
+        fully_shard(layer, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    row = ids[dist.get_rank()][None]
+    model(row, labels=row, use_cache=False).loss.backward()
+for (name, own), (_, expected) in zip(model.named_parameters(), plain.named_parameters()):
+    found = own.grad.full_tensor()
+    torch.testing.assert_close(found, expected.grad, rtol=1e-4, atol=1e-6, msg=name)
+print("equal")
+"""
+
+
+@pytest.mark.slow
+def test_the_chunked_loss_trains_sharded_weights(tmp_path):
+    script = tmp_path / "sharded.py"
+    script.write_text(SHARDED)
+    launch(script, [HERE])
