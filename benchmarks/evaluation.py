@@ -34,7 +34,7 @@ FACTOR = 4.0
 # the landmark prompt alone takes some 200 tokens of a small vocabulary
 LENGTHS = (256, 512, 1024, 2048)
 SAMPLES, WINDOWS, TARGETS = 1, 4, 64
-VOCABULARY, MEMORY_LENGTHS = 150_000, (1024, 2048, 4096)
+VOCABULARY, MEMORY_LENGTHS = 150_000, (2048, 4096)
 
 
 def build(model: str, text: Path) -> Comparison:

@@ -233,7 +233,7 @@ def compare(
         targets=targets,
         samples=samples,
         seed=seed,
-        name=model or "bundled",
+        name=Path(model).name if model else "bundled",
         replace=replace,
     )
     columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn())

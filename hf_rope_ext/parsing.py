@@ -61,7 +61,7 @@ def parse_tasks(text: str) -> list[tuple[str, str, dict[str, Any]]]:
     for part in re.split(r",(?![^\[]*\])", text):
         name, *settings = part.strip().split(":")
         options = dict(_setting(setting, part, "tasks", "option") for setting in settings)
-        found.append((part.strip(), name.replace("-", "_"), options))
+        found.append((part.strip(), name, options))
     return found
 
 

@@ -197,8 +197,9 @@ def evaluate(
     method = NoScaling() if patch is None else patch.resolved.method
     asked = Comparison(model, tokenizer, text, {}, (1,))
     found = parse_lengths(",".join(map(str, lengths)), asked.trained)
-    reads = model.config.get_text_config().max_position_embeddings  # type: ignore[union-attr, operator]
-    if found[-1] > reads and not beyond:
+    config = model.config.get_text_config()  # type: ignore[union-attr, operator]
+    reads = getattr(config, "max_position_embeddings", None)
+    if reads is not None and found[-1] > reads and not beyond:
         raise RopeError(
             f"a length of {found[-1]} is beyond the {reads} positions this model reads; patch it "
             f"with factor={found[-1] / asked.trained:g} or more, or pass beyond=True to see what "

@@ -133,7 +133,9 @@ def _marks(low: float, high: float) -> list[float]:
         for digit in (1, 1.5, 2, 3, 5, 7)
     ]
     inside = [mark for mark in every if low <= mark <= high]
-    return inside[:: max(len(inside) // 6, 1)] or [low, high]
+    if len(inside) < 2:
+        return [float(f"{low:.3g}"), float(f"{high:.3g}")]
+    return inside[:: max(len(inside) // 6, 1)]
 
 
 def _short(length: int) -> str:

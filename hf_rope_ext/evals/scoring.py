@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-LOGITS_AT_ONCE = 1 << 26
-"""Numbers in one piece of logits at most: 256 MiB of float32."""
+LOGITS_AT_ONCE = 1 << 24
+"""Numbers in one piece of logits at most: 64 MiB of float32."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -116,8 +116,10 @@ def _scores(pieces: Any, wanted: Tensor) -> Scores:
     found, greedy, first = [], [], 0
     for logits in pieces:
         tokens = wanted[:, first : first + logits.shape[1]].to(logits.device)
-        log_probs = torch.log_softmax(logits.float(), dim=-1)
-        found.append(log_probs.gather(-1, tokens[..., None])[..., 0].double().cpu())
+        wide = logits.float()
+        # log_softmax would be as large as the logits
+        chosen = wide.gather(-1, tokens[..., None])[..., 0]
+        found.append((chosen.double() - wide.logsumexp(dim=-1).double()).cpu())
         greedy.append((logits.argmax(-1) == tokens).cpu())
         first += logits.shape[1]
     return Scores(torch.cat(found, dim=1), torch.cat(greedy, dim=1))

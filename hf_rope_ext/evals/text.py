@@ -53,8 +53,8 @@ def encode(tokenizer: Any, text: str) -> list[int]:
 def encode_pair(tokenizer: Any, context: str, target: str) -> tuple[list[int], int]:
     """Return the tokens of context and target together, and how many of them are the target.
 
-    Spaces at the context's end are counted to the target, as tokenizers put them before a word.
+    White space at the context's end counts to the target, as tokenizers put it before a word.
     """
-    kept = context.rstrip(" ")
+    kept = context.rstrip()
     whole = encode(tokenizer, context + target)
     return whole, len(whole) - len(encode(tokenizer, kept))
