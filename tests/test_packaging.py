@@ -50,6 +50,8 @@ def test_the_wheel_has_one_top_level_name_and_the_bundled_model(tmp_path):
     for part in (
         "patches/__init__.py",
         "eval_tasks/__init__.py",
+        "eval_tasks/_rope_yaml",
+        "eval_tasks/rope_passkey.yaml",
         "methods/yarn.py",
         "assets/model.safetensors",
         "assets/tokenizer.json",

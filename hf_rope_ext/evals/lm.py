@@ -316,10 +316,8 @@ class RopeHFLM(HFLM):  # type: ignore[misc]
         scores = self._forward(rows, torch.tensor(where), torch.tensor(targets))
         for number, start in spans:
             span = slice(start, start + len(requests[number][2]))
-            yield (
-                number,
-                (float(scores.log_probs[span].sum()), bool(scores.greedy[span].all())),
-            )
+            answer = (float(scores.log_probs[span].sum()), bool(scores.greedy[span].all()))
+            yield number, answer
 
     def _forward(self, rows: Sequence[Sequence[int]], where: Tensor, targets: Tensor) -> Any:
         tensors = [torch.tensor(row, dtype=torch.long, device=self.device) for row in rows]
@@ -355,9 +353,8 @@ class RopeHFLM(HFLM):  # type: ignore[misc]
         if patch is not None:
             return patch.resolved.method.length_dependent
         rope = self._described()
-        return rope is not None and any(
-            site.scaling in ("dynamic", "longrope") for site in rope.sites
-        )
+        sites = () if rope is None else rope.sites
+        return any(site.scaling in ("dynamic", "longrope") for site in sites)
 
     def _rows(self, length: int) -> int:
         """Return the batch size, found by trying where it is ``"auto"``."""
@@ -389,7 +386,7 @@ class RopeHFLM(HFLM):  # type: ignore[misc]
             return False
         if self._cuts:
             return True
-        parts = f"{tokens} tokens, and {more} {what}" if more else f"{tokens} tokens"
+        parts = f"{tokens} tokens" + (f", and {more} {what}" if more else "")
         stretch = total / self.max_length
         raise RopeError(
             f"a request has {parts}, but the model's length is {self.max_length}: lm-eval would "
