@@ -114,6 +114,7 @@ def test_compare_writes_a_report_and_goes_on_where_it_stopped(run, model, text, 
         "cells.csv",
         "perplexity.png",
         "passkey.png",
+        "passkey_depths.png",
         "report.html",
     }
     again = run(*words, "--json")

@@ -215,6 +215,10 @@ def test_a_model_that_copies_gets_all_and_one_that_forgets_only_what_it_still_se
         visible += start + len(cue) - 3 >= 120 - 1 - sees
     assert everything["exact"] == 1.0
     assert 0 < recent["exact"] < 1
+    by_depth = [part["score"] for part in recent["parts"]]
+    assert [part["depth"] for part in recent["parts"]] == [0.1, 0.3, 0.5, 0.7, 0.9]
+    assert by_depth == sorted(by_depth)
+    assert sum(part["score"] * part["n"] for part in recent["parts"]) == 8 * recent["exact"]
     assert recent["exact"] == pytest.approx(visible / 8, abs=1 / 8)
 
 
@@ -323,6 +327,7 @@ def test_the_report_says_everything_the_numbers_depend_on(tokenizer, tmp_path):
         "cells.csv",
         "perplexity.png",
         "passkey.png",
+        "passkey_depths.png",
         "report.html",
     ]
     assert all(path.stat().st_size > 0 for path in files)
@@ -334,8 +339,8 @@ def test_the_report_says_everything_the_numbers_depend_on(tokenizer, tmp_path):
     assert {"transformers", "torch", "hf_rope_ext", "python"} <= content["environment"].keys()
     with (tmp_path / "cells.csv").open() as file:
         rows = list(csv.DictReader(file))
-    buckets = sum(len(cell.get("buckets", [])) for cell in report.cells)
-    assert len(rows) == len(report.cells) + buckets
+    parts = sum(len(cell.get("buckets", [])) + len(cell.get("parts", [])) for cell in report.cells)
+    assert len(rows) == len(report.cells) + parts
     assert load_report(tmp_path) == report
     assert report.table("perplexity").row_count == 3
 

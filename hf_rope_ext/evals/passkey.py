@@ -14,6 +14,9 @@ from hf_rope_ext.evals.scoring import score_last
 from hf_rope_ext.evals.statistics import wilson
 from hf_rope_ext.evals.text import require_tokens, tokenize
 
+DEPTH_BANDS = 5
+"""Parts of the context by which keys are counted."""
+
 SENTENCE = "\nThe pass key is {key}.\n"
 
 
@@ -69,35 +72,46 @@ class PasskeyTask:
         parts = (torch.tensor(self.prefix), text[:depth], sentence, text[depth:], cue, answer)
         return torch.cat([part.long() for part in parts]), len(answer)
 
-    def batches(self, length: int, size: int) -> Iterator[tuple[Tensor, int]]:
-        """Yield samples of one length, at most ``size`` at a time, and the length of their keys."""
-        rows: dict[int, list[Tensor]] = {}
+    def batches(self, length: int, size: int) -> Iterator[tuple[Tensor, int, list[int]]]:
+        """Yield samples of one length, the length of their keys, and their numbers."""
+        alike: dict[int, list[tuple[Tensor, int]]] = {}
         for index in range(self.samples):
             row, targets = self.sample(length, index)
-            rows.setdefault(targets, []).append(row)
-        for targets, alike in sorted(rows.items()):
-            for first in range(0, len(alike), size):
-                yield torch.stack(alike[first : first + size]), targets
+            alike.setdefault(targets, []).append((row, index))
+        for targets, rows in sorted(alike.items()):
+            for first in range(0, len(rows), size):
+                batch, numbers = zip(*rows[first : first + size], strict=True)
+                yield torch.stack(batch), targets, list(numbers)
 
     def measure(
         self, model: nn.Module, length: int, size: int, advance: Callable[[int], None]
-    ) -> dict[str, float]:
-        """Return the share of keys retrieved whole, and of their tokens."""
-        exact, tokens, right = 0, 0, 0
-        for batch, targets in self.batches(length, size):
+    ) -> dict[str, Any]:
+        """Return the share of keys retrieved whole, in all and by depth, and of their tokens."""
+        whole: dict[int, bool] = {}
+        tokens, right = 0, 0
+        for batch, targets, numbers in self.batches(length, size):
             greedy = score_last(model, batch, targets).greedy
-            exact += int(greedy.all(dim=1).sum())
+            whole.update(zip(numbers, greedy.all(dim=1).tolist(), strict=True))
             right += int(greedy.sum())
             tokens += greedy.numel()
             advance(len(batch))
-        low, high = wilson(exact / self.samples, self.samples)
-        share = right / tokens
+        bands: dict[float, list[bool]] = {}
+        for index in range(self.samples):
+            band = int(DEPTH_BANDS * (index + 0.5) / self.samples)
+            bands.setdefault((band + 0.5) / DEPTH_BANDS, []).append(whole[index])
+        exact = sum(whole.values()) / self.samples
+        low, high = wilson(exact, self.samples)
+        parts = [
+            {"depth": depth, "score": sum(found) / len(found), "n": len(found)}
+            for depth, found in bands.items()
+        ]
         return {
-            "exact": exact / self.samples,
-            "tokens": share,
+            "exact": exact,
+            "tokens": right / tokens,
             "n": self.samples,
             "low": low,
             "high": high,
+            "parts": parts if len(parts) > 1 else [],
         }
 
     def units(self, length: int) -> int:
