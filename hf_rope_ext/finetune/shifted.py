@@ -96,42 +96,57 @@ def shifted_attention(
         raise RopeError(
             "shifted attention has no soft cap and no sinks; train with full attention."
         )
-    repeats = query.shape[1] // key.shape[1]
-    key, value = repeat_kv(key, repeats), repeat_kv(value, repeats)
     length, heads = query.shape[2], query.shape[1]
     if length % (2 * groups):
         raise RopeError(
             f"shifted attention cuts {length} tokens into {groups} groups of an even size; use a "
             f"sequence length that is a multiple of {2 * groups}."
         )
-    size, straight = length // groups, heads - heads // 2
-    half = size // 2
+    size, half, straight = length // groups, length // groups // 2, heads - heads // 2
+    key, value = (repeat_kv(one, heads // key.shape[1]) for one in (key, value))
 
     def attend(heads: slice, start: int, stop: int, width: int) -> Tensor:
-        """Attend within spans of ``width`` tokens of ``start:stop``."""
-        spans = (stop - start) // width
-        q, k, v = (
-            tensor[:, heads, start:stop]
-            .reshape(len(tensor), -1, spans, width, tensor.shape[-1])
-            .transpose(1, 2)
-            .flatten(0, 1)
-            for tensor in (query, key, value)
-        )
-        mask = _spans(attention_mask, start, spans, width)
-        out = functional.scaled_dot_product_attention(
-            q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=mask is None, scale=scaling
-        )
-        shape = (len(query), spans, -1, width, value.shape[-1])
-        return out.reshape(shape).transpose(1, 2).flatten(2, 3)
+        q, k, v = (one[:, heads, start:stop] for one in (query, key, value))
+        mask = _spans(attention_mask, start, (stop - start) // width, width)
+        return _attend(q, k, v, mask, width, dropout, scaling)
 
-    first, second = slice(0, straight), slice(straight, heads)
+    second = slice(straight, heads)
     shifted = [
         attend(second, 0, half, half),
         attend(second, half, length - half, size),
         attend(second, length - half, length, half),
     ]
-    out = torch.cat((attend(first, 0, length, size), torch.cat(shifted, dim=2)), dim=1)
+    first = attend(slice(0, straight), 0, length, size)
+    out = torch.cat((first, torch.cat(shifted, dim=2)), dim=1)
     return out.transpose(1, 2).contiguous(), None
+
+
+def _attend(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    width: int,
+    dropout: float,
+    scaling: float | None,
+) -> Tensor:
+    """Attend within spans of ``width`` tokens; all tensors ``(batch, heads, seq, head_dim)``."""
+    batch, spans = len(query), query.shape[2] // width
+    folded = [
+        one.reshape(batch, -1, spans, width, one.shape[-1]).transpose(1, 2).flatten(0, 1)
+        for one in (query, key, value)
+    ]
+    out = functional.scaled_dot_product_attention(
+        folded[0],
+        folded[1],
+        folded[2],
+        attn_mask=mask,
+        dropout_p=dropout,
+        is_causal=mask is None,
+        scale=scaling,
+    )
+    out = out.reshape(batch, spans, -1, width, value.shape[-1])
+    return out.transpose(1, 2).flatten(2, 3)
 
 
 def _spans(mask: Tensor | None, start: int, spans: int, width: int) -> Tensor | None:
