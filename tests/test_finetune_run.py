@@ -366,3 +366,15 @@ def test_the_chunked_loss_trains_sharded_weights(tmp_path):
     script = tmp_path / "sharded.py"
     script.write_text(SHARDED)
     launch(script, [HERE])
+
+
+def test_a_finished_schedule_is_continued_without_a_step(tmp_path, model, data):
+    def run():
+        wanted = recipe(model, data, factor=None, factor_schedule="2:2,4:2", resume=True)
+        return finetune(wanted, training(tmp_path / "out", save_steps=1))
+
+    run()
+    before = weights(tmp_path / "out")
+    run()
+
+    assert_same(weights(tmp_path / "out"), before, rtol=0, atol=0)

@@ -100,14 +100,15 @@ def finetune(
         own = copy.copy(training)
         own.max_steps = steps
         # without it every process draws an order of its own
-        own.data_seed = training.seed if training.data_seed is None else training.data_seed
+        own.data_seed = _data_seed(training)
         if len(stages) > 1 and number < len(stages):
             own.output_dir = str(directory / f"stage-{number}")
         target = patch(model if wrapped is None else wrapped, recipe, factor)
         if wrapped is None:
             set_seed(training.seed)  # of the adapter's first weights; the Trainer seeds the rest
             wrapped = trainable(model, recipe)
-        stage = _Stage(recipe, own, wrapped, tokenizer, rows, target)
+        settings = _settings(recipe, training)
+        stage = _Stage(recipe, own, settings, wrapped, tokenizer, rows, target)
         results.append(stage.run())
     first, last = results[0], results[-1]
     return Finetuned(directory, last.model, first.before, last.after, last.history)
@@ -119,6 +120,7 @@ class _Stage:
 
     recipe: Recipe
     training: Any
+    settings: dict[str, Any]
     model: nn.Module
     tokenizer: Any
     rows: Any
@@ -159,7 +161,8 @@ class _Stage:
         checkpoint = last_checkpoint(directory) if recipe.resume else None
         with self._techniques() as skips:
             trainer = self._trainer(dataset, evaluation, skips, checkpoint is None)
-            _write_recipe(directory, recipe, training)
+            if training.should_save:
+                _write_recipe(directory, self.settings)
             with _clear_out_of_memory():
                 trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
                 after = trainer.evaluate()
@@ -276,7 +279,7 @@ def _tokenizer(recipe: Recipe) -> Any:
 
 def _settings(recipe: Recipe, training: Any) -> dict[str, Any]:
     """Return what must not change between a run and its continuation."""
-    how = {name: getattr(training, name) for name in HOW}
+    how = {name: getattr(training, name) for name in HOW} | {"data_seed": _data_seed(training)}
     what = {name: value for name, value in recipe.to_dict().items() if name != "resume"}
     return json.loads(json.dumps({**what, **how}, default=str))  # type: ignore[no-any-return]
 
@@ -303,11 +306,13 @@ def _require_directory(directory: Path, recipe: Recipe, training: Any) -> None:
         )
 
 
-def _write_recipe(directory: Path, recipe: Recipe, training: Any) -> None:
-    if training.should_save:
-        directory.mkdir(parents=True, exist_ok=True)
-        text = json.dumps(_settings(recipe, training), indent=2)
-        (directory / RECIPE).write_text(text + "\n")
+def _write_recipe(directory: Path, settings: dict[str, Any]) -> None:
+    directory.mkdir(parents=True, exist_ok=True)
+    (directory / RECIPE).write_text(json.dumps(settings, indent=2) + "\n")
+
+
+def _data_seed(training: Any) -> int:
+    return int(training.seed if training.data_seed is None else training.data_seed)
 
 
 def _require_whole_sequences(recipe: Recipe) -> None:
