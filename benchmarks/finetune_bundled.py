@@ -22,16 +22,16 @@ from hf_rope_ext.evals.passkey import SENTENCE
 from hf_rope_ext.finetune import Recipe, finetune
 
 METHODS = ("none", "linear", "ntk", "yarn")
-FACTOR = 4
-CHARACTERS = 1000
+TRAINED, FACTOR = 512, 4
+CHARACTERS = 4400
 """Of a piece of text; four times the trained length in tokens."""
 
 SETTINGS: dict[str, Any] = {
-    "max_steps": 150,
+    "max_steps": 60,
     "learning_rate": 2e-3,
     "lr_scheduler_type": "cosine",
     "warmup_steps": 5,
-    "per_device_train_batch_size": 4,
+    "per_device_train_batch_size": 2,
 }
 LORA: dict[str, Any] = {"lora_rank": 8, "lora_alpha": 16.0, "lora_targets": ["all-linear"]}
 
@@ -67,10 +67,10 @@ def tuned(model: Path, text: Path, method: str, seed: int) -> dict[str, Any]:
             model=str(model),
             method=method,
             factor=None if method == "none" else FACTOR,
-            sequence_length=FACTOR * 128,
+            sequence_length=FACTOR * TRAINED,
             held_out=0.15,
             eval_lengths="1x,2x,4x,8x",
-            eval_windows=32,
+            eval_windows=16,
             eval_passkeys=50,
             **LORA,
         )
