@@ -2,12 +2,15 @@
 
 import io
 import json
+import re
 from pathlib import Path
 
 import pytest
+import torch
 from rich.console import Console
+from transformers import AutoModelForCausalLM
 
-from hf_rope_ext import available_methods
+from hf_rope_ext import assets, available_methods, request_plan
 from hf_rope_ext.evals.report import load_report
 
 ROOT = Path(__file__).parent.parent
@@ -30,6 +33,22 @@ def test_the_demos_output_is_that_of_the_committed_report():
 
     for task in report.tasks:
         assert printed(report.table(task)) in README
+
+
+def test_the_code_runs_as_it_stands(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    blocks = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
+    names = {"model": AutoModelForCausalLM.from_pretrained(assets.DIRECTORY)}
+
+    first, more, dynamic = blocks[:3]
+    exec(first + more, names)
+    stock = AutoModelForCausalLM.from_pretrained("longer")
+    names["model"] = AutoModelForCausalLM.from_pretrained(assets.DIRECTORY)
+    names["inputs"] = {"input_ids": torch.arange(1, 21)[None]}
+    exec(dynamic.replace("max_new_tokens=500", "max_new_tokens=5"), names)
+
+    assert stock.config.max_position_embeddings == 131072
+    assert request_plan(names["output"]).lengths.tolist() == [25]
 
 
 def test_every_method_is_in_the_table():
