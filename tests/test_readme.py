@@ -113,3 +113,19 @@ def test_following_the_request_costs_what_the_readme_says():
 
     assert f"{min(ratios):.2f} to {max(ratios):.2f} times" in README
     assert f"{found['growth']['loop that grows over loop planned']:.2f} times" in README
+
+
+def tuning_rows():
+    found = result("finetune_stories")
+    for method, before in found["untuned"].items():
+        after = found["tuned"][method]
+        cells = [
+            f"{value:.4g} → {after[length]['mean']:.4g} ± {after[length]['stdev']:.2g}"
+            for length, value in before.items()
+        ]
+        yield f"| `{method}` | {' | '.join(cells)} |"
+
+
+def test_fine_tuning_gives_what_the_readme_says():
+    for row in tuning_rows():
+        assert row in README
