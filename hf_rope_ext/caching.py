@@ -171,6 +171,9 @@ class AfterForward:
         self.planner.end(output)
 
 
+HOOKS = (BeforeForward, AfterForward)
+
+
 class Generate:
     """What stands in for ``generate`` and for transformers' preparation of its cache.
 
@@ -250,9 +253,6 @@ def is_installed(model: nn.Module) -> bool:
     return any(
         isinstance(hook, HOOKS) for part in model.modules() for hook in part._forward_hooks.values()
     )
-
-
-HOOKS = (BeforeForward, AfterForward)
 
 
 @contextmanager
