@@ -67,7 +67,9 @@ class LengthPolicy:
 
     def to_dict(self) -> dict[str, Any]:
         """Return what a record keeps of it: everything but the function to call."""
-        return {"on_growth": self.on_growth, "buckets": self.buckets, "compat": self.compat}
+        if self.compat is not None:
+            return {"compat": self.compat}
+        return {"on_growth": self.on_growth, "buckets": self.buckets}
 
     def rounded(self, lengths: Tensor, trained: int) -> Tensor:
         """Return lengths rounded up to buckets; those within the trained length stay."""

@@ -190,6 +190,12 @@ def _policy(request: Request, method: Method) -> LengthPolicy:
             f"{next(iter(settings))} is for methods that follow the length of the request; "
             f"{method!r} is the same at every length."
         )
+    if "compat" in settings and len(settings) > 1:
+        idle = ", ".join(name for name in settings if name != "compat")
+        raise MethodParameterError(
+            f"{idle} has no effect with compat={request.compat!r}, which plans no request; leave "
+            f"one of the two out."
+        )
     return LengthPolicy(**settings)
 
 

@@ -576,6 +576,8 @@ def test_stock_behaviour_can_be_had_on_purpose(rope):
         ({"buckets": "2"}, "buckets must be a number greater than 1"),
         ({"compat": "vllm"}, "compat must be 'transformers' or None"),
         ({"on_plan": 3}, "on_plan must be a function"),
+        ({"compat": "transformers", "on_growth": "error"}, "on_growth has no effect with compat"),
+        ({"compat": "transformers", "buckets": 2}, "buckets has no effect with compat"),
     ],
 )
 def test_a_wrong_policy_is_refused_before_anything_changes(settings, message):
@@ -608,6 +610,9 @@ def test_the_policy_is_saved_and_restored(tmp_path):
     policy = load_pretrained(tmp_path).model.rotary_emb.rotations[None].policy
 
     assert (policy.buckets, policy.on_growth) == (2, "freeze")
+    dynamic(compat="transformers").save_pretrained(tmp_path)
+    again = load_pretrained(tmp_path).model.rotary_emb.rotations[None].policy
+    assert again.compat == "transformers"
 
 
 def test_describe_says_what_a_request_is_planned_for():
