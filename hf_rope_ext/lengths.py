@@ -152,8 +152,8 @@ class Call:
         plan = self.plan
         if plan.lengths is None:
             plan.lengths = row_lengths(position_ids) + self.ahead
-            if self.size is not None:
-                plan.lengths = torch.full_like(plan.lengths, self.size)
+            if self.size is not None:  # videos can take more positions than tokens
+                plan.lengths = plan.lengths.clamp(min=self.size)
         if self.records and not self.is_noted:
             past = plan.positions
             if past is None or self.seen == 0:
