@@ -270,6 +270,15 @@ def install(model: nn.Module, rotaries: Mapping[str, ExtendedRotary]) -> None:
 
 def remove(model: nn.Module) -> None:
     """Undo `install`."""
+    remove_hooks(model, HOOKS)
+    for part in model.modules():
+        for name in ("generate", PREPARES):
+            if isinstance(part.__dict__.get(name), Generate):
+                del part.__dict__[name]
+
+
+def remove_hooks(model: nn.Module, kinds: tuple[type, ...]) -> None:
+    """Remove the forward hooks of some kinds from a model and its parts."""
     for part in model.modules():
         for hooks, flags in (
             (part._forward_pre_hooks, (part._forward_pre_hooks_with_kwargs,)),
@@ -278,12 +287,9 @@ def remove(model: nn.Module) -> None:
                 (part._forward_hooks_with_kwargs, part._forward_hooks_always_called),
             ),
         ):
-            for key in [key for key, hook in hooks.items() if isinstance(hook, HOOKS)]:
+            for key in [key for key, hook in hooks.items() if isinstance(hook, kinds)]:
                 for held in (hooks, *flags):
                     held.pop(key, None)
-        for name in ("generate", PREPARES):
-            if isinstance(part.__dict__.get(name), Generate):
-                del part.__dict__[name]
 
 
 def is_installed(model: nn.Module) -> bool:

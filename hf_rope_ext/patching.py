@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from hf_rope_ext import caching, visual
+from hf_rope_ext import caching, deltas, visual
 from hf_rope_ext.errors import (
     AlreadyScaledError,
     NotPatchedError,
@@ -234,6 +234,7 @@ def _install(model: nn.Module, resolved: Resolved) -> dict[str, ExtendedRotary]:
         softmax.apply()
     if resolved.method.length_dependent and resolved.rotations[0].policy.compat is None:
         caching.install(model, extended)
+    deltas.install(model, extended)
     _install_visual(model, resolved)
     for change in resolved.configs:
         patch.configs_before.append(_set_attributes(change.config, change.attributes))
@@ -264,6 +265,7 @@ def _uninstall(model: nn.Module, patch: Patch) -> Callable[[], None]:
             else:
                 setattr(parent, name, original)
     caching.remove(model)
+    deltas.remove(model)
     visual.remove(model)
     for softmax in patch.resolved.softmax:
         softmax.revert()
@@ -272,8 +274,10 @@ def _uninstall(model: nn.Module, patch: Patch) -> Callable[[], None]:
     def reinstall() -> None:
         for parent, name, module in removed:
             setattr(parent, name, module)
+        rotaries = {module.path: module for _, _, module in removed}
         if plans:
-            caching.install(model, {module.path: module for _, _, module in removed})
+            caching.install(model, rotaries)
+        deltas.install(model, rotaries)
         _install_visual(model, patch.resolved)
         for softmax in patch.resolved.softmax:
             softmax.apply()

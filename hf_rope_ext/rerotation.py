@@ -51,7 +51,6 @@ class Turning:
     axis: Tensor
     is_scaled: bool
 
-
     def mixes_axes(self) -> bool:
         """Return whether the two coordinates of a pair turn by different axes of the position."""
         return bool((self.axis[self.partner] != self.axis)[self.turns].any())
@@ -90,13 +89,13 @@ def turn_keys(
                 f"plan; nothing was changed. Run the loop in `planned(max_length)`."
             )
     assert plan.positions is not None
-    if plan.positions.ndim == 3 and any(turning.mixes_axes() for turning in layout.values()):
-        if (plan.positions != plan.positions[:1]).any():
-            raise RopeError(
-                "the two coordinates of a pair turn by different axes of an image's positions, so "
-                "its keys cannot be turned to a longer plan; nothing was changed. Run the loop in "
-                "`planned(max_length)`."
-            )
+    mixed = any(turning.mixes_axes() for turning in layout.values())
+    if mixed and bool((plan.positions != plan.positions[:1]).any()):
+        raise RopeError(
+            "the two coordinates of a pair turn by different axes of an image's position here, "
+            "which cannot be turned to a longer plan; nothing was changed. Run the loop in "
+            "`planned(max_length)`."
+        )
     for (index, part), turning in layout.items():
         held = getattr(cache.layers[index], part)
         setattr(

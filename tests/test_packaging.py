@@ -71,7 +71,7 @@ FLOORS = (
     {"probe"},
     {"rerotation"},
     {"caching"},
-    {"request"},
+    {"request", "deltas"},
     {"patching"},
     {"describe", "records", "measuring"},
     {"adapters"},
