@@ -4,9 +4,11 @@ Stock transformers is the oracle where it runs; else the textbook numbers writte
 by hand (as in test_families), loops over pairs in float64, and decoding without a cache.
 """
 
+import copy
 import json
 import math
-from collections.abc import Iterator
+import pickle
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -20,7 +22,7 @@ from test_families import arguments, build_by_hand, build_stock, frequencies, pa
 from test_lengths import METHODS as PER_REQUEST
 from test_lengths import methods as per_request
 from torch import Tensor, nn
-from transformers import LlamaConfig, PreTrainedConfig
+from transformers import DynamicCache, LlamaConfig, StaticCache
 from transformers.models.llama.modeling_llama import LlamaModel
 
 from hf_rope_ext import (
@@ -29,10 +31,12 @@ from hf_rope_ext import (
     export,
     load_pretrained,
     patch_model,
+    planned,
     request_plan,
     unpatch_model,
 )
 from hf_rope_ext.families import find_rotaries
+from hf_rope_ext.loading import read_config
 from hf_rope_ext.methods import make_method
 from hf_rope_ext.rotary import ExtendedRotary
 from hf_rope_ext.sites import read_sites
@@ -270,3 +274,340 @@ def sections(rope: dict[str, Any]) -> list[Any]:
     """What says how axes are laid out, by layer type where parameters are nested."""
     nested = [value for value in rope.values() if isinstance(value, dict)] or [rope]
     return [{key: own.get(key) for key in ("mrope_section", "mrope_interleaved")} for own in nested]
+
+
+# --- caches --------------------------------------------------------------------------------------
+
+
+def positions_of(model: nn.Module, inputs: dict[str, Any]) -> Tensor:
+    """The positions that the rotary embedding of the text gets, ``(axes, batch, seq)``."""
+    seen = []
+    (rotary,) = find_rotaries(model)
+
+    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        seen.append(kwargs["position_ids"] if "position_ids" in kwargs else args[1])
+
+    handle = rotary.original.register_forward_pre_hook(hook, with_kwargs=True)
+    zoo.run(model, **inputs)
+    handle.remove()
+    return seen[0]
+
+
+def prompt_near_the_trained_length(model: nn.Module, **settings: Any) -> dict[str, Any]:
+    """A prompt that ends a few positions before the trained length, where it is not longer."""
+    shortest = int(positions_of(model, zoo_images.image_inputs(model, words=1)).max())
+    return zoo_images.image_inputs(model, words=max(1, TRAINED - 4 - shortest), **settings)
+
+
+@pytest.mark.parametrize("model_type", sorted(set(GENERATING) - {"glm_image"}))
+def test_cached_generation_with_images_is_that_without_a_cache(model_type):
+    model = zoo.build(model_type)
+    inputs = prompt_near_the_trained_length(model, padded=True)
+    ends = positions_of(model, inputs).amax(dim=(0, 2)) + 1 + 8
+    assert ends[0] > TRAINED > ends[1]
+    (count,) = pairs(model)
+    for name, own in {"yarn": {"factor": 4}, **per_request(count)}.items():
+        patch_model(model, name, **own)
+
+        found = write(model, inputs, 8)
+        expected = write(model, inputs, 8, use_cache=False)
+
+        if name != "yarn":  # each row by its own positions
+            assert request_plan(found).lengths.tolist() == ends.tolist()
+        assert torch.equal(found.sequences, expected.sequences), name
+        assert relative(torch.stack(found.logits), torch.stack(expected.logits)) < 1e-4, name
+        unpatch_model(model)
+
+
+@pytest.mark.parametrize("method", PER_REQUEST)
+def test_an_image_is_drawn_as_a_forward_over_all_of_it_would(method):
+    """glm_image takes the positions of what it draws from its notes, only with a cache."""
+    model, twin = zoo.build("glm_image"), zoo.build("glm_image")
+    inputs = prompt_near_the_trained_length(model)
+    prompt = positions_of(model, inputs)
+    patch_model(model, method, **per_request(8)[method])
+    found = write(model, inputs, 6)
+    length = int(prompt.max()) + 1 + 6
+    made = make_method(method, **per_request(8)[method])
+    patch_model(twin, made.frozen(read_sites(zoo.build("glm_image"))[0].geometry, length))
+    rows, columns = zoo_images.IMAGE_GRID
+    drawn = [(0, row, column) for row in range(rows) for column in range(columns)][:5]
+    positions = torch.cat((prompt, int(prompt.max()) + 1 + torch.tensor(drawn).T[:, None]), dim=-1)
+
+    del inputs["attention_mask"]
+    inputs["input_ids"] = found.sequences[:, :-1]
+    expected = zoo.run(twin, **inputs, position_ids=positions)[0, -6:]
+
+    assert request_plan(found).lengths.tolist() == [length]
+    for step, scores in enumerate(found.logits):
+        assert relative(scores[0], expected[step]) < 1e-4
+
+
+def first_keys(cache: Any) -> Tensor:
+    """Keys of the first attention layer, which turning has to get exactly right."""
+    held = [getattr(layer, "keys", None) for layer in cache.layers]
+    return next(keys for keys in held if isinstance(keys, Tensor) and keys.ndim == 4)
+
+
+@pytest.mark.parametrize("model_type", sorted(set(GENERATING) - {"glm_image", "hunyuan_vl"}))
+def test_keys_of_images_are_turned_axis_by_axis(model_type):
+    model = zoo.build(model_type)
+    inputs = prompt_near_the_trained_length(model)
+    tokens = inputs["input_ids"].shape[1]
+    patch_model(model, "dynamic_yarn", factor=4)
+
+    with torch.no_grad():
+        cache = model(**inputs, use_cache=True).past_key_values
+        before = request_plan(cache).lengths.item()
+        for token in NEW.repeat(1, 3).split(1, dim=1):
+            model(input_ids=token, past_key_values=cache, use_cache=True)
+        length = int(request_plan(cache).lengths)
+        assert length > max(before, TRAINED)
+        unpatch_model(model)
+        geometry = read_sites(model)[0].geometry
+        patch_model(model, make_method("dynamic_yarn", factor=4).frozen(geometry, length))
+        expected = first_keys(model(**inputs, use_cache=True).past_key_values)
+
+    assert relative(first_keys(cache)[:, :, :tokens], expected) < 1e-5
+
+
+def test_keys_whose_pairs_turn_by_two_axes_are_not_turned():
+    model = zoo.build("hunyuan_vl")
+    patch_model(model, "dynamic_yarn", factor=4)
+    inputs = prompt_near_the_trained_length(model)
+    text = {"input_ids": inputs["input_ids"]}
+    longer = NEW.repeat(1, 3)
+
+    by_hand(model, text, longer)  # text alone has one position on all axes
+    with pytest.raises(RopeError, match=r"two coordinates of a pair.*planned\(max_length\)"):
+        by_hand(model, inputs, longer)
+    with planned(inputs["input_ids"].shape[1] + longer.shape[1]):
+        by_hand(model, inputs, longer)
+
+
+def far_ahead(length: int = 10) -> Tensor:
+    """Positions of a video that takes far more of them than tokens, behind 20 of text."""
+    positions = 20 + torch.arange(length).expand(3, 1, -1).clone()
+    positions[0] = 20 + 15 * torch.arange(length)
+    return positions
+
+
+def test_a_later_call_may_have_more_positions_than_tokens():
+    model = zoo.build("qwen2_5_vl").model.language_model
+    ids = torch.randint(10, 128, (1, 30), generator=torch.Generator().manual_seed(2))
+    patch_model(model, "dynamic_yarn", factor=4)
+
+    with torch.no_grad():
+        cache = model(input_ids=ids[:, :20], use_cache=True).past_key_values
+        model(input_ids=ids[:, 20:], position_ids=far_ahead(), past_key_values=cache)
+        length = int(request_plan(cache).lengths)
+        unpatch_model(model)
+        geometry = read_sites(model)[0].geometry
+        patch_model(model, make_method("dynamic_yarn", factor=4).frozen(geometry, length))
+        text = torch.arange(20).expand(3, 1, -1)
+        positions = torch.cat((text, far_ahead()), dim=-1)
+        expected = model(input_ids=ids, position_ids=positions, use_cache=True).past_key_values
+
+    assert length >= 20 + 15 * 9 + 1
+    assert relative(first_keys(cache), first_keys(expected)) < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("settings", "room", "message"),
+    [
+        ({"on_growth": "error"}, None, r"this call needs positions up to 156"),
+        ({}, 100, r"go beyond those that the cache of fixed size was planned for"),
+    ],
+)
+def test_more_positions_than_planned_are_refused_where_keys_stay(settings, room, message):
+    model = zoo.build("qwen2_5_vl").model.language_model
+    ids = torch.randint(10, 128, (1, 30), generator=torch.Generator().manual_seed(2))
+    patch_model(model, "dynamic_yarn", factor=4, **settings)
+    cache = StaticCache(config=model.config, max_cache_len=room) if room else DynamicCache()
+
+    with torch.no_grad():
+        model(input_ids=ids[:, :20], past_key_values=cache, use_cache=True)
+        with pytest.raises(RopeError, match=message):
+            model(input_ids=ids[:, 20:], position_ids=far_ahead(), past_key_values=cache)
+
+
+def test_a_cache_of_fixed_size_is_planned_for_positions_beyond_its_size():
+    model = zoo.build("qwen2_5_omni_thinker")
+    inputs = zoo_images.image_inputs(model, words=2)
+    positions = int(positions_of(model, inputs).max()) + 1
+    tokens = inputs["input_ids"].shape[1]
+    patch_model(model, "dynamic_yarn", factor=4)
+    cache = StaticCache(config=model.config.get_text_config(), max_cache_len=tokens + 6)
+
+    with torch.no_grad():
+        model(**inputs, past_key_values=cache)
+
+    assert positions > tokens + 6
+    assert request_plan(cache).lengths.tolist() == [positions + 6]
+
+
+# --- what one request leaves behind --------------------------------------------------------------
+
+TEXT = torch.randint(10, 128, (1, 30), generator=torch.Generator().manual_seed(3))
+
+
+def unrelated(model: nn.Module) -> Tensor:
+    """Scores of a text decoded by hand."""
+    return by_hand(model, {"input_ids": TEXT[:, :20]}, TEXT[:, 20:])
+
+
+def test_stock_models_carry_the_positions_of_one_request_into_the_next():
+    model = zoo.build("qwen2_vl")
+    before = unrelated(model)
+
+    zoo.run(model, **zoo_images.image_inputs(model))
+
+    assert relative(unrelated(model), before) > 0.1
+
+
+@pytest.mark.parametrize("model_type", GENERATING)
+def test_a_patched_model_does_not(model_type):
+    model = zoo.build(model_type)
+    patch_model(model, "dynamic_yarn" if model_type != "hunyuan_vl" else "yarn", factor=4)
+    inputs = zoo_images.image_inputs(model)
+    text = {"input_ids": TEXT}
+    scores, written = unrelated(model), write(model, text, 6).sequences
+    images = by_hand_between(model, inputs, lambda: None)
+
+    zoo.run(model, **inputs)
+    assert torch.equal(unrelated(model), scores)
+    # two conversations in turn
+    assert torch.equal(by_hand_between(model, inputs, lambda: write(model, text, 1)), images)
+    # generate that goes on from a cache
+    with planned(TEXT.shape[1] + 6):
+        first = write(model, text, 3)
+    write(model, inputs, 1)
+    rest = {"input_ids": first.sequences, "past_key_values": first.past_key_values}
+    assert torch.equal(write(model, rest, 3).sequences, written)
+
+
+def by_hand_between(model: nn.Module, inputs: dict[str, Any], other: Callable[[], Any]) -> Tensor:
+    """Scores of a token behind a prompt, with another request in between."""
+    length = inputs["input_ids"].shape[1]
+    with torch.no_grad():
+        with planned(length + 1):
+            cache = model(**inputs, use_cache=True).past_key_values
+        other()
+        return model(input_ids=NEW[:, :1], past_key_values=cache, use_cache=True).logits
+
+
+def test_positions_given_by_hand_leave_no_note():
+    model = zoo.build("qwen2_vl")
+    patch_model(model, "yarn", factor=4)
+    zoo.run(model, **zoo_images.image_inputs(model))
+    prompt = {"input_ids": TEXT[:, :20]}
+
+    given = by_hand(model, {**prompt, "position_ids": torch.arange(20).expand(3, 1, -1)})
+
+    assert torch.equal(given, by_hand(model, prompt))
+
+
+def test_notes_survive_copying_and_end_with_the_patch():
+    model = zoo.build("qwen2_vl")
+    inputs = zoo_images.image_inputs(model)
+    patch_model(model, "yarn", factor=4)
+    copied = pickle.loads(pickle.dumps(copy.deepcopy(model)))
+
+    for one in (model, copied):
+        before = unrelated(one)
+        write(one, inputs, 2)
+        assert torch.equal(unrelated(one), before)
+    unpatch_model(model)
+
+    assert not [hook for part in model.modules() for hook in part._forward_pre_hooks]
+    assert not [name for name in vars(model) if "prepare" in name]
+
+
+# --- omni models, and older checkpoints ----------------------------------------------------------
+
+
+@pytest.mark.parametrize("model_type", ["qwen2_5_omni", "qwen3_omni_moe"])
+def test_only_the_thinker_of_an_omni_model_is_extended(model_type):
+    model = zoo.build(model_type)
+    thinker = model.thinker.model.rotary_emb
+    modules = {path: part for path, part in model.named_modules() if part is not thinker}
+    tensors = {
+        name: tensor.clone()
+        for name, tensor in [*model.named_buffers(), *model.named_parameters()]
+        if not name.startswith("thinker.model.rotary_emb")
+    }
+    configs = [model.config.talker_config.to_dict(), model.config.to_dict()]
+
+    patch_model(model, "yarn", factor=4)
+    write(model.thinker, zoo_images.image_inputs(model.thinker), 2)
+
+    assert isinstance(model.thinker.model.rotary_emb, ExtendedRotary)
+    assert all(model.get_submodule(path) is part for path, part in modules.items())
+    after = dict([*model.named_buffers(), *model.named_parameters()])
+    assert all(torch.equal(after[name], tensor) for name, tensor in tensors.items())
+    assert model.config.talker_config.to_dict() == configs[0]
+    assert model.config.thinker_config.text_config.rope_parameters["rope_type"] == "yarn"
+    unpatch_model(model)
+    assert model.config.to_dict() == configs[1]
+
+
+def older(settings: dict[str, Any], kind: dict[str, Any], *, beside: bool) -> dict[str, Any]:
+    """A config as checkpoints had it before `rope_parameters`, its scaling beside the text's."""
+    settings = copy.deepcopy(settings)
+    text = settings
+    for name in ("thinker_config", "text_config"):
+        text = text.get(name, text)
+    rope = text.pop("rope_parameters")
+    if any(isinstance(value, dict) for value in rope.values()):  # never was otherwise
+        text["rope_parameters"] = {
+            label: own and {**{k: v for k, v in own.items() if k != "rope_type"}, **kind}
+            for label, own in rope.items()
+        }
+        return settings
+    owner = settings if beside else text
+    owner["rope_theta"] = rope.pop("rope_theta")
+    if "partial_rotary_factor" in rope:
+        owner["partial_rotary_factor"] = rope.pop("partial_rotary_factor")
+    del rope["rope_type"]
+    owner["rope_scaling"] = {**rope, **kind}
+    return settings
+
+
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": TRAINED}
+
+
+@pytest.mark.parametrize("model_type", sorted(set(FAMILIES) - {"neomme"}))
+def test_m_rope_is_read_as_older_checkpoints_say_it(model_type, tmp_path):
+    model = zoo.build(model_type)
+    inputs = zoo_images.image_inputs(model)
+    expected = zoo.run(model, **inputs)
+    model.save_pretrained(tmp_path)
+    path = tmp_path / "config.json"
+    settings = json.loads(path.read_text())
+
+    for kind, beside in (({"type": "mrope"}, False), ({"type": "mrope"}, True)):
+        path.write_text(json.dumps(older(settings, kind, beside=beside)))
+        loaded = load_pretrained(tmp_path)
+        assert torch.equal(zoo.run(loaded, **inputs), expected)
+        assert read_config(tmp_path)[0].to_dict() == loaded.config.to_dict()
+    if model_type in BY_HAND:
+        return
+    path.write_text(json.dumps(older(settings, {"type": "mrope", **YARN}, beside=False)))
+    loaded = load_pretrained(tmp_path)
+    patch_model(model, "yarn", **arguments(model, model_type))
+    assert relative(zoo.run(loaded, **inputs), zoo.run(model, **inputs)) < 1e-5
+    patch_model(loaded, "linear", **arguments(model, model_type), replace=True)
+    patch_model(model, "linear", **arguments(model, model_type), replace=True)
+    assert torch.equal(zoo.run(loaded, **inputs), zoo.run(model, **inputs))
+
+
+@pytest.mark.parametrize("model_type", ["qwen3_vl", "glm4v"])
+def test_stock_does_not_read_it(model_type, tmp_path):
+    model = zoo.build(model_type)
+    model.save_pretrained(tmp_path)
+    path = tmp_path / "config.json"
+    settings = json.loads(path.read_text())
+    path.write_text(json.dumps(older(settings, {"type": "mrope"}, beside=False)))
+
+    with pytest.raises(KeyError, match="mrope"):
+        type(model).from_pretrained(tmp_path)
