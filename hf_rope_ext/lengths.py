@@ -159,8 +159,8 @@ class Call:
             if past is None or self.seen == 0:
                 plan.positions = position_ids
             else:
-                rows = max(position_ids.shape[-2], past.shape[-2])
-                shape = (*position_ids.shape[:-2], rows, -1)
+                # a row can stand for all rows, and one axis for all axes
+                shape = (*torch.broadcast_shapes(past.shape[:-1], position_ids.shape[:-1]), -1)
                 both = (past[..., : self.seen].expand(shape), position_ids.expand(shape))
                 plan.positions = torch.cat(both, dim=-1)
         self.is_noted = True
