@@ -15,7 +15,7 @@ from torch import Tensor
 
 from hf_rope_ext.errors import RopeError
 from hf_rope_ext.geometry import RopeGeometry
-from hf_rope_ext.methods import Method, NoScaling
+from hf_rope_ext.methods import Method, NoScaling, PerAxis
 
 LAYOUTS = ("parts", "alternating", "blocks")
 PAIRINGS = ("rotate_half", "interleaved")
@@ -44,9 +44,8 @@ class AxialRope:
             where its pairs do not alternate (Pixtral).
         sections: Pairs of each axis. When not given, all get the same number; a head that does not
             divide so is refused. What is left of the head, at its end, passes unrotated.
-        method: What extends every axis, or one for each. Its ``attention_scaling`` multiplies cos
-            and sin of the axis's own pairs, so the axis's share of a logit by its square; to have
-            one temperature for the whole head, give all axes the same.
+        method: What extends every axis, or one for each. A temperature concerns the logit, to which
+            all axes add up: cos and sin of all pairs are multiplied by the largest.
 
     Raises:
         RopeError: If an argument is not one of these.
@@ -81,10 +80,10 @@ class AxialRope:
         if not isinstance(self.method, Method):
             object.__setattr__(self, "method", self._one_per_axis("method", self.method))
         for method in self.methods:
-            if not isinstance(method, Method):
+            if not isinstance(method, Method) or isinstance(method, PerAxis):
                 raise RopeError(
-                    f"method must be a Method or one per axis, got {method!r}; make_method makes "
-                    f"one from a name."
+                    f"method must be a Method or a sequence of one per axis, got {method!r}; "
+                    f"make_method makes one from a name."
                 )
         self._check_sections()
         self._check_trained()
@@ -206,11 +205,11 @@ class AxialRope:
         return tuple(axis for _, axis in sorted(turns))
 
     def _plan(self, positions: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Return frequencies and temperature per pair, float64.
+        """Return frequencies per pair and temperature, float64.
 
         Returns:
-            ``(pairs,)`` both; for positions and a length-dependent method ``(1, pairs)``, or
-            ``(batch, 1, pairs)`` where positions have a batch.
+            ``(pairs,)`` and ``(1,)``; for positions and a length-dependent method ``(1, pairs)``
+            and ``(1, 1)``, with the batch in front where positions have one.
         """
         rows: tuple[int, ...] = ()
         device = torch.device("cpu")
@@ -218,7 +217,7 @@ class AxialRope:
             lengths = positions.double().amax(dim=-2, keepdim=True) + 1
             rows, device = tuple(lengths.shape[:-1]), positions.device
         frequencies = torch.empty(*rows, self.pairs, dtype=torch.float64, device=device)
-        scaling = torch.empty_like(frequencies)
+        temperatures = torch.empty(*rows, self.axes, dtype=torch.float64, device=device)
         for axis, method in enumerate(self.methods):
             geometry = replace(self.geometry(axis), device=device)
             if rows and method.length_dependent:
@@ -232,8 +231,8 @@ class AxialRope:
                 "dealt": _places(self._dealt(), axis),
             }[self.series]
             frequencies[..., own] = plan.inv_freq[..., used]
-            scaling[..., own] = plan.attention_scaling
-        return frequencies, scaling
+            temperatures[..., axis : axis + 1] = plan.attention_scaling
+        return frequencies, temperatures.amax(dim=-1, keepdim=True)
 
     def _spread(self, per_pair: Tensor) -> Tensor:
         """Return a value per pair at both of its coordinates."""

@@ -26,7 +26,7 @@ def localisation(method: Method, geometry: RopeGeometry) -> str | None:
     return (
         "Qwen2.5-VL's model card advises against YaRN, which harms temporal and spatial "
         "localisation; for long videos it raises the length alone, since positions grow slower "
-        "than tokens: patch_model(model, 'none', target_length=65536)."
+        "than tokens: limit_only=True does that."
     )
 
 

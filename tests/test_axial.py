@@ -25,6 +25,7 @@ from hf_rope_ext.methods import (
     Linear,
     LongRope,
     NoScaling,
+    PerAxis,
     Resonance,
     Yarn,
 )
@@ -293,18 +294,17 @@ def test_each_axis_is_extended_from_its_own_series_and_length():
     torch.testing.assert_close(shared.inv_freq(), torch.tensor(expected, dtype=torch.float64))
 
 
-def test_temperature_multiplies_the_axis_own_part_of_a_score():
+def test_the_largest_temperature_of_any_axis_is_the_heads():
     lengths = {"original_max_position_embeddings": 16}
     x = draw(1, 1, len(GRID), 24)
-    warm = AxialRope(24, 2, **lengths, method=(Yarn(4.0), NoScaling())).rotate(x, GRID)
-    cold = AxialRope(24, 2, **lengths, method=(Yarn(4.0, attention_factor=1.0), NoScaling()))
-    cold = cold.rotate(x, GRID)
+    warm = AxialRope(24, 2, **lengths, method=(Yarn(4.0), Yarn(2.0)))
+    cold = AxialRope(
+        24, 2, **lengths, method=tuple(Yarn(factor, attention_factor=1.0) for factor in (4.0, 2.0))
+    )
 
-    own = [place for axis, *places, _ in planes(AxialRope(24, 2)) if axis == 0 for place in places]
-    other = [place for place in range(24) if place not in own]
-    factor = 0.1 * math.log(4) + 1
-    torch.testing.assert_close(warm[..., own], cold[..., own] * factor, rtol=0, atol=1e-12)
-    assert torch.equal(warm[..., other], cold[..., other])
+    torch.testing.assert_close(
+        warm.rotate(x, GRID), cold.rotate(x, GRID) * (0.1 * math.log(4) + 1), rtol=0, atol=1e-12
+    )
 
 
 def test_a_method_that_follows_lengths_follows_each_row_and_axis():
@@ -387,8 +387,9 @@ def test_the_documented_code_runs():
         ({"sections": (4, 4, 4)}, "one value for each of 2 axes"),
         ({"method": Linear(2.0)}, "needs original_max_position_embeddings"),
         ({"method": "ntk"}, "one value for each of 2 axes: 'ntk'"),
+        ({"method": PerAxis({"h": NoScaling()})}, "a Method or a sequence of one per axis"),
         ({"method": (NoScaling(),)}, "one value for each of 2 axes"),
-        ({"method": ("ntk", NoScaling())}, "a Method or one per axis, got 'ntk'"),
+        ({"method": ("ntk", NoScaling())}, "a Method or a sequence of one per axis, got 'ntk'"),
         ({"original_max_position_embeddings": (8,)}, "one value for each of 2 axes"),
         ({"original_max_position_embeddings": 0}, "a positive number of positions"),
         ({"original_max_position_embeddings": 8.0}, "one value for each"),
