@@ -16,6 +16,7 @@ from . import (
     several_towers,
     speech,
     tencent,
+    towers,
     unscaled,
 )
 
@@ -33,5 +34,6 @@ FAMILIES: tuple[Family, ...] = (
     *several_towers.FAMILIES,
     *speech.FAMILIES,
     *tencent.FAMILIES,
+    *towers.FAMILIES,
     *unscaled.FAMILIES,
 )

@@ -68,6 +68,7 @@ FLOORS = (
     {"lengths", "families", "parsing", "positions", "axial"},
     {"rotary", "sites", "visual"},
     {"table", "axes", "temperature", "checkpoint"},
+    {"towers"},
     {"probe"},
     {"rerotation"},
     {"caching"},
