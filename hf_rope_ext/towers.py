@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_rope_ext.checkpoint import RECORD, ConfigChange
-from hf_rope_ext.errors import AlreadyScaledError, MethodParameterError
+from hf_rope_ext.errors import AlreadyScaledError, MethodParameterError, UnsupportedModelError
 from hf_rope_ext.families import Config, find_towers, setting
 from hf_rope_ext.geometry import FrequencyPlan, RopeGeometry
 from hf_rope_ext.methods import Method, NoScaling, PerAxis, method_record
@@ -67,6 +67,11 @@ def read_towers(
             raise AlreadyScaledError(
                 f"{rotary.path}: the vision config holds the record of a patch that is not in the "
                 f"model; load it with load_pretrained. Nothing was changed."
+            )
+        if rotary.live(None).is_meta:
+            raise UnsupportedModelError(
+                f"{rotary.path} is on the meta device, so there are no frequencies yet; load the "
+                f"weights first. Nothing was changed."
             )
         trained = original_max_position_embeddings or trained_side(rotary.config)
         if trained is None:

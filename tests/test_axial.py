@@ -360,7 +360,7 @@ def test_the_dtype_of_queries_is_kept_and_angles_are_float32():
 
 def test_the_documented_code_runs():
     text = (Path(__file__).parent.parent / "docs" / "axial.md").read_text(encoding="utf-8")
-    (code,) = re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)
+    code, _ = re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)
 
     exec(code, {})
 

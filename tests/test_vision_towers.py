@@ -18,6 +18,7 @@ from hf_rope_ext import (
     MethodParameterError,
     NotPatchedError,
     ProbeError,
+    RopeWarning,
     UnsupportedModelError,
     describe,
     export,
@@ -433,7 +434,15 @@ def test_casts_and_copies_keep_the_frequencies():
     unpatch_model(copied)
     assert torch.equal(rotary_of(model).inv_freq, exact)
     for dtype in (torch.bfloat16, torch.float16):
-        scale(zoo.build("qwen2_5_vl").to(dtype), factor=2)
+        cast = zoo.build("qwen2_5_vl").to(dtype)
+        with pytest.warns(RopeWarning, match="rebuilt from the config, because it had been cast"):
+            scale(cast, "linear", factor={"h": 2, "w": 3})
+        assert torch.equal(rotary_of(cast).inv_freq, exact)
+    with torch.device("meta"):
+        empty = type(model)(model.config)
+    del empty.config.vision_config.hf_rope_ext
+    with pytest.raises(UnsupportedModelError, match="on the meta device"):
+        scale(empty, factor=2)
 
 
 def test_factor_one_changes_no_bit():
