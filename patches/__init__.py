@@ -10,7 +10,6 @@ from . import (
     llama,
     mistral,
     muse,
-    neomme,
     phi,
     qwen,
     several_towers,
@@ -18,6 +17,7 @@ from . import (
     tencent,
     towers,
     unscaled,
+    vision,
 )
 
 FAMILIES: tuple[Family, ...] = (
@@ -28,7 +28,6 @@ FAMILIES: tuple[Family, ...] = (
     *llama.FAMILIES,
     *mistral.FAMILIES,
     *muse.FAMILIES,
-    *neomme.FAMILIES,
     *phi.FAMILIES,
     *qwen.FAMILIES,
     *several_towers.FAMILIES,
@@ -36,4 +35,5 @@ FAMILIES: tuple[Family, ...] = (
     *tencent.FAMILIES,
     *towers.FAMILIES,
     *unscaled.FAMILIES,
+    *vision.FAMILIES,
 )
