@@ -2,6 +2,9 @@
 
 import copy
 import json
+import math
+import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -33,6 +36,7 @@ from hf_rope_ext.towers import patches_for
 
 pytestmark = pytest.mark.filterwarnings("ignore::hf_rope_ext.errors.RopeWarning")
 
+ROOT = Path(__file__).parent.parent
 TRAINED = 16  # patches along a side
 # every model type of transformers 5.23 whose vision tower is axial
 TOWERS = [
@@ -95,6 +99,20 @@ def test_every_axial_tower_of_transformers_is_tested():
         )
 
     assert [name for name in zoo.MODEL_TYPES if is_axial(zoo.config(name))] == TOWERS
+    for page in ("README.md", "docs/axial.md"):
+        assert f"{len(TOWERS)} model types" in (ROOT / page).read_text(encoding="utf-8")
+
+
+def test_the_documented_code_runs(capsys):
+    text = (ROOT / "docs" / "axial.md").read_text(encoding="utf-8")
+    code = re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)[-1]
+    model = zoo.build("qwen2_vl")
+
+    exec(code, {"vlm": model})
+
+    found = describe(model)
+    assert (found.method["name"], found.vision) == ("yarn", None)
+    assert "qwen2_vl_vision: ntk factor=2.0" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("model_type", TOWERS)
@@ -156,7 +174,7 @@ def test_cos_and_sin_are_those_of_a_loop_over_pairs_and_axes(model_type):
     frequencies["h"] = yarn(base, width, 4.0)
     places_of = layout(model_type, width // 2)
     assert cos.shape[-1] == len(places_of)
-    temperature = 0.1 * torch.log(torch.tensor(4.0, dtype=torch.float64)) + 1
+    temperature = 0.1 * math.log(4) + 1
     for index, (axis, pair) in enumerate(places_of):
         angles = points.reshape(-1, len(names))[:, axis].double() * frequencies[names[axis]][pair]
         for found, expected in ((cos, angles.cos()), (sin, angles.sin())):
@@ -167,7 +185,6 @@ def test_cos_and_sin_are_those_of_a_loop_over_pairs_and_axes(model_type):
 
 def yarn(base, width, factor):
     """YaRN's frequencies (arXiv:2309.00071), one pair at a time."""
-    import math
 
     def pair_of(turns):
         return width * math.log(TRAINED / (2 * math.pi * turns)) / (2 * math.log(base))
