@@ -171,6 +171,11 @@ class AxialRope:
             RopeError: If the shapes do not fit.
         """
         self._check_heads(x, cos, "cos and sin")
+        if cos.shape != sin.shape or cos.shape[-1] != self.rotary_dim:
+            raise RopeError(
+                f"cos and sin must have {self.rotary_dim} values for each position, as cos_sin "
+                f"returns them, got {tuple(cos.shape)} and {tuple(sin.shape)}."
+            )
         if cos.dim() == 3:
             cos, sin = cos[:, None], sin[:, None]
         turning, rest = x[..., : self.rotary_dim], x[..., self.rotary_dim :]

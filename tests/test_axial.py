@@ -365,6 +365,16 @@ def test_the_documented_code_runs():
     exec(code, {})
 
 
+@pytest.mark.parametrize("method", [NTK(2.0), DynamicNTK(4.0)])
+def test_it_compiles_without_a_break(method):
+    rope = AxialRope(24, 3, sections=UNEVEN, original_max_position_embeddings=3, method=method)
+    x = draw(1, 2, len(CUBE), 24)
+
+    compiled = torch.compile(rope.rotate, fullgraph=True, backend="eager")
+
+    assert torch.equal(compiled(x, CUBE), rope.rotate(x, CUBE))
+
+
 # what cannot be served
 
 
@@ -399,6 +409,16 @@ def test_the_documented_code_runs():
 def test_bad_arguments_are_refused(arguments, message):
     with pytest.raises(RopeError, match=message):
         AxialRope(**{"head_dim": 24, "axes": 2, **arguments})
+
+
+def test_cos_and_sin_of_another_rope_are_refused():
+    x = draw(1, 1, len(GRID), 24)
+    cos, sin = AxialRope(24, 2, sections=(4, 4)).cos_sin(GRID)
+
+    with pytest.raises(RopeError, match=r"24 values for each position.*\(35, 16\)"):
+        AxialRope(24, 2).apply(x, cos, sin)
+    with pytest.raises(RopeError, match="cos and sin of shape"):
+        AxialRope(24, 2, sections=(4, 4)).apply(x[:, :, 1:], cos, sin)
 
 
 @pytest.mark.parametrize(
