@@ -35,7 +35,8 @@ class Family:
         unscaled: Last part of the path of rotary modules that are unscaled by design.
         windowed: Labels of rotary parameters that serve only layers with a bounded window, where
             the label itself does not say so.
-        axes: Names of the rows of M-RoPE's positions; time, height and width when not given.
+        axes: Names of the rows of M-RoPE's positions; time, height and width when not given. Of a
+            vision tower, of a patch's coordinates; height and width when not given.
         next_text: Where the model places text behind an image or a video; see `VisualPositions`.
             None where it follows none of those rules.
         frames_apart: Whether videos are cut into single frames with text between them, so that the

@@ -4,6 +4,7 @@ import copy
 import json
 import math
 import re
+import sys
 from pathlib import Path
 
 import pytest
@@ -30,6 +31,7 @@ from hf_rope_ext import (
     patched,
     unpatch_model,
 )
+from hf_rope_ext.__main__ import main
 from hf_rope_ext.families import innermost_models
 from hf_rope_ext.methods import NTK, Linear, Yarn
 from hf_rope_ext.towers import patches_for
@@ -297,8 +299,13 @@ def test_stock_transformers_stops_at_what_it_cannot_compute(method, tmp_path):
 def test_text_and_vision_are_patched_and_undone_apart(model_type):
     model = zoo.build(model_type)
     before = state(model)
+    vision = rotary_of(model)
     patch_model(model, "yarn", factor=2)
     text_alone = state(model)
+    assert rotary_of(model) is vision
+    own = [name for name, part in text_alone[0].items() if not torch.equal(part, before[0][name])]
+    assert own
+    assert all(name.endswith("language_model.rotary_emb.inv_freq") for name in own)
     scale(model, "linear", factor=2)
     both = state(model)
 
@@ -333,7 +340,7 @@ def test_text_and_vision_are_patched_and_undone_apart(model_type):
 
 
 @pytest.mark.parametrize("method", [Linear(2.0), {"h": Yarn(2.0), "w": Linear(4.0)}])
-def test_both_patches_are_saved_and_restored(method, tmp_path):
+def test_both_patches_are_saved_and_restored(method, tmp_path, capsys, monkeypatch):
     model = zoo.build("qwen2_5_vl")
     patch_model(model, "dynamic_yarn", factor=4)
     scale(model, method)
@@ -350,6 +357,10 @@ def test_both_patches_are_saved_and_restored(method, tmp_path):
     assert saved.vision_config.hf_rope_ext["target"] == "vision"
     with pytest.raises(ExportError, match="no words for the RoPE of a vision tower"):
         export(loaded)
+    monkeypatch.setattr(sys, "argv", ["hf-rope", "export", str(tmp_path)])
+    with pytest.raises(SystemExit):
+        main()
+    assert "saved with a patched vision tower" in capsys.readouterr().err
 
 
 def test_both_are_described():
