@@ -10,7 +10,7 @@ from hf_rope_ext.adapters import SOURCE, load_adapter, save_record
 from hf_rope_ext.checkpoint import RECORD
 from hf_rope_ext.errors import RopeError
 from hf_rope_ext.families import Config
-from hf_rope_ext.records import require_known, restore
+from hf_rope_ext.records import joined, require_known, restore
 
 ROPE = ("rope_scaling", "rope_parameters")
 """Where a config keeps its scaling, the older word first."""
@@ -124,7 +124,7 @@ def _read_config(
     for record in records:
         require_known(record, name_or_path)
     older = _modernize(settings)
-    return settings, records[0] if records else None, not (records or older)
+    return settings, joined(records), not (records or older)
 
 
 def _modernize(settings: dict[str, Any]) -> bool:
