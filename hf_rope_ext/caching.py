@@ -355,11 +355,19 @@ def _prepare(config: Any, model_kwargs: Mapping[str, Any], max_cache_length: int
     )
     if seen and not whole:
         generation.max_length = seen + length
-    elif seen and length > max(plan.capacity, plan.trained):
+    elif seen and length > max(plan.capacity, plan.trained) and _can_refill(plan, model_kwargs):
         cache.reset()  # filled again from the whole text, under a plan that covers it
         seen = 0
     if not seen:
         cache.hf_rope_ext_plan = None
+
+
+def _can_refill(plan: Plan, model_kwargs: Mapping[str, Any]) -> bool:
+    """Return whether a cache can be filled again: not where its images are not there any more."""
+    given = any(
+        name.startswith("pixel_values") and model_kwargs[name] is not None for name in model_kwargs
+    )
+    return given or plan.has_images is None or not bool(plan.has_images)
 
 
 def _shape(given: Mapping[str, Any]) -> tuple[int, int]:

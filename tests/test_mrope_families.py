@@ -501,6 +501,43 @@ def by_hand_between(model: nn.Module, inputs: dict[str, Any], other: Callable[[]
         return model(input_ids=NEW[:, :1], past_key_values=cache, use_cache=True).logits
 
 
+@pytest.mark.parametrize("model_type", ["qwen2_vl", "qwen3_vl", "glm4v", "qwen2_5_omni_thinker"])
+def test_generate_goes_on_from_a_cache_with_images(model_type):
+    model = zoo.build(model_type)
+    inputs = zoo_images.image_inputs(model)
+    length = inputs["input_ids"].shape[1]
+    patch_model(model, "dynamic_yarn", factor=4)
+    expected = write(model, inputs, 6).sequences
+    with planned(length + 6):
+        first = write(model, inputs, 3)
+    write(model, {"input_ids": TEXT}, 1)
+
+    rest = {"input_ids": first.sequences, "past_key_values": first.past_key_values}
+    assert torch.equal(write(model, rest, 3).sequences, expected)
+
+
+def test_a_cache_with_images_is_not_filled_again_without_them():
+    model = zoo.build("qwen2_vl")
+    inputs = zoo_images.image_inputs(model)
+    tokens = inputs["input_ids"].shape[1]
+    patch_model(model, "dynamic_yarn", factor=4)
+    first = write(model, inputs, 3)
+    keys = first_keys(first.past_key_values)[:, :, :tokens].clone()
+
+    rest = {"input_ids": first.sequences, "past_key_values": first.past_key_values}
+    write(model, rest, 6)
+
+    length = int(request_plan(first.past_key_values).lengths)
+    after = first_keys(first.past_key_values)[:, :, :tokens]
+    unpatch_model(model)
+    geometry = read_sites(model)[0].geometry
+    patch_model(model, make_method("dynamic_yarn", factor=4).frozen(geometry, length))
+    with torch.no_grad():
+        fresh = first_keys(model(**inputs, use_cache=True).past_key_values)
+    assert not torch.equal(after, keys)
+    assert relative(after, fresh) < 1e-5
+
+
 def test_positions_given_by_hand_leave_no_note():
     model = zoo.build("qwen2_vl")
     patch_model(model, "yarn", factor=4)
