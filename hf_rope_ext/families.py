@@ -52,6 +52,10 @@ class Family:
             tokens alone do not run it.
         refused: Why the family cannot be served; None where it can.
         advice: From method and geometry to what the vendor says about it, if anything.
+        axes: Of M-RoPE, in the order of the rows of its ``position_ids``.
+        frames_apart: Whether each frame of a video is a span of its own, with its time as text
+            before it.
+        row_ends: Whether each row of an image ends in a token, and an image in two more.
     """
 
     model_types: tuple[str, ...]
@@ -72,6 +76,9 @@ class Family:
     probe: Callable[[nn.Module], dict[str, Any]] | None = None
     refused: str | None = None
     advice: Callable[[Method, RopeGeometry], str | None] | None = None
+    axes: tuple[str, ...] = ("t", "h", "w")
+    frames_apart: bool = False
+    row_ends: bool = False
 
 
 @dataclass(frozen=True, eq=False)

@@ -49,6 +49,21 @@ def parse_methods(text: str, factor: float | None) -> dict[str, Method]:
     return methods
 
 
+def parse_size(text: str) -> tuple[int, int] | tuple[int, int, int]:
+    """Return width and height from ``"1280x720"``, or a grid of patches from ``"1x46x80"``.
+
+    Raises:
+        RopeError: If it is neither.
+    """
+    parts = text.lower().split("x")
+    if len(parts) not in (2, 3) or not all(part.strip().isdecimal() for part in parts):
+        raise RopeError(
+            f"{text!r} is neither WIDTHxHEIGHT in pixels (1280x720) nor TIMExROWSxCOLUMNS in "
+            f"patches (1x46x80)."
+        )
+    return tuple(map(int, parts))  # type: ignore[return-value]
+
+
 def parse_tasks(text: str) -> list[tuple[str, str, dict[str, Any]]]:
     """Return label, name and options of tasks from ``"rope_ppl:stride=64,rope_needle"``.
 

@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -174,6 +174,7 @@ class Plan:
         factor: Their ratio.
         cache_bytes: What keys and values of one sequence of the target length take up.
         effects: What each method does to the pairs, by the label it was given.
+        advice: What the vendor says about extending the model by these methods.
         exports: What tells each engine to use YaRN at that factor, or why nothing does.
     """
 
@@ -182,11 +183,17 @@ class Plan:
     factor: float
     cache_bytes: int
     effects: dict[str, Effect]
+    advice: tuple[str, ...]
     exports: dict[str, str]
 
 
 def plan_extension(
-    config: Config, site: RopeSite, target: int, methods: Mapping[str, Method], number_bytes: int
+    config: Config,
+    site: RopeSite,
+    target: int,
+    methods: Mapping[str, Method],
+    number_bytes: int,
+    tokens: int | None = None,
 ) -> Plan:
     """Return what it takes to extend a model to a target length.
 
@@ -196,6 +203,7 @@ def plan_extension(
         target: In positions.
         methods: To weigh against each other, by label.
         number_bytes: Size of a number in the cache.
+        tokens: How many take up that many positions, where they are not as many.
 
     Raises:
         RopeError: If the target is within the trained length.
@@ -222,8 +230,9 @@ def plan_extension(
         trained_length=trained,
         target_length=target,
         factor=factor,
-        cache_bytes=cache_bytes(site.config, target, number_bytes),
+        cache_bytes=cache_bytes(site.config, tokens or target, number_bytes),
         effects={label: effect(method, site.geometry, target) for label, method in methods.items()},
+        advice=_advice(site, methods.values()),
         exports=exports,
     )
 
@@ -246,6 +255,14 @@ def curves(geometry: RopeGeometry, methods: Mapping[str, Method], factor: float)
             "decay": decay(inv_freq, distances).tolist(),
         }
     return result
+
+
+def _advice(site: RopeSite, methods: Iterable[Method]) -> tuple[str, ...]:
+    advise = site.family.advice
+    if advise is None:
+        return ()
+    said = (advise(method, site.geometry) for method in methods)
+    return tuple(dict.fromkeys(words for words in said if words is not None))
 
 
 def _inspect(site: RopeSite) -> Inspection:

@@ -3,8 +3,12 @@
 from hf_rope_ext.families import Family
 
 FAMILIES = (
+    Family(model_types=("hunyuan_v1_dense", "hunyuan_v1_moe"), norm_after_rope=True),
     Family(
-        model_types=("hunyuan_v1_dense", "hunyuan_v1_moe", "hunyuan_vl", "hunyuan_vl_text"),
+        model_types=("hunyuan_vl", "hunyuan_vl_text"),
         norm_after_rope=True,
+        # the running position, then column, row and number of the image
+        axes=("p", "w", "h", "t"),
+        row_ends=True,
     ),
 )
