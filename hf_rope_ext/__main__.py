@@ -109,7 +109,7 @@ def plan(
     The length is a target, or that of a request with images and videos in positions.
     """
     from hf_rope_ext.planning import plan_extension, text_site
-    from hf_rope_ext.visual import Video, visual_length
+    from hf_rope_ext.sizes import Video, visual_length
 
     asked = bool(image or video or text)
     if asked == (target is not None):

@@ -35,6 +35,10 @@ class Family:
         unscaled: Last part of the path of rotary modules that are unscaled by design.
         windowed: Labels of rotary parameters that serve only layers with a bounded window, where
             the label itself does not say so.
+        axes: Names of the rows of M-RoPE's positions; time, height and width when not given.
+        next_text: Where the model places text behind an image or a video; see `VisualPositions`.
+        frames_apart: Whether videos are cut into single frames with text between them, so that the
+            positions of a block do not differ in time.
         pair_order: From the config to the order in which the family stores its pairs.
         reads_config: Whether the rotary module computes its frequencies in every forward.
         norm_after_rope: Whether queries and keys are normalised after rotation, so that
@@ -52,9 +56,6 @@ class Family:
             tokens alone do not run it.
         refused: Why the family cannot be served; None where it can.
         advice: From method and geometry to what the vendor says about it, if anything.
-        axes: Of M-RoPE, in the order of the rows of its ``position_ids``.
-        frames_apart: Whether each frame of a video is a span of its own, with its time as text
-            before it.
         row_ends: Whether each row of an image ends in a token, and an image in two more.
     """
 
@@ -64,6 +65,9 @@ class Family:
     base: float | None = None
     unscaled: tuple[str, ...] = ()
     windowed: tuple[str, ...] = ()
+    axes: tuple[str, ...] | None = None
+    next_text: str = "spatial"
+    frames_apart: bool = False
     pair_order: Callable[[Config], list[int]] | None = None
     reads_config: bool = False
     norm_after_rope: bool = False
@@ -76,8 +80,6 @@ class Family:
     probe: Callable[[nn.Module], dict[str, Any]] | None = None
     refused: str | None = None
     advice: Callable[[Method, RopeGeometry], str | None] | None = None
-    axes: tuple[str, ...] = ("t", "h", "w")
-    frames_apart: bool = False
     row_ends: bool = False
 
 

@@ -9,10 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from hf_rope_ext.axes import axis_names
 from hf_rope_ext.errors import RopeError
 from hf_rope_ext.families import Config, family_of
 from hf_rope_ext.patching import patch_of
 from hf_rope_ext.sites import RopeSite, read_sites
+from hf_rope_ext.visual import INDEX, PlacedIndex
 
 # what a processor calls it, and what the family's position rule does
 _RULE_NAMES = {
@@ -101,9 +103,9 @@ def request_length(model: nn.Module, **inputs: Any) -> RequestLength:
             f"padding; got {tuple(mask.shape)}."
         )
     patch = patch_of(model)
-    sites = read_sites(model) if patch is None else patch.resolved.sites
-    part = position_rule(model, sites[0])
-    axes = family_of(sites[0].config if part is None else part.config).axes
+    site = (read_sites(model) if patch is None else patch.resolved.sites)[0]
+    part = position_rule(model, site)
+    axes = axis_names(site.rotary, site.label)
     positions = inputs.get("position_ids")
     if positions is None and part is not None:
         positions = _rule_positions(part, {**inputs, "attention_mask": mask})
@@ -114,15 +116,15 @@ def request_length(model: nn.Module, **inputs: Any) -> RequestLength:
             positions = positions[None]
         # padding holds any position
         largest = torch.where(mask.bool(), positions, 0).amax(dim=(1, 2)).long().tolist()
-    if len(largest) == 1 and part is not None:
+    if len(largest) == 1:
         largest *= len(axes)
     # a row more than there are axes is Qwen3's running count, which builds masks
     largest = largest[-len(axes) :]
     return RequestLength(
         tokens=tokens,
         positions=max(largest) + 1,
-        trained=sites[0].geometry.original_max_position_embeddings,
-        largest=dict(zip(axes[-len(largest) :], largest, strict=True)) if len(largest) > 1 else {},
+        trained=site.geometry.original_max_position_embeddings,
+        largest=dict(zip(axes, largest, strict=True)) if len(axes) > 1 else {},
     )
 
 
@@ -178,13 +180,20 @@ def _rule_positions(part: Any, inputs: dict[str, Any]) -> Tensor | None:
     if "images_per_sample" not in known:
         _require_grids_match(part.config, given)
     try:
-        # on a copy, since some families leave the positions of what they generate on themselves
-        return copy.copy(part).get_rope_index(**given)[0]  # type: ignore[no-any-return]
+        return _copied(part).get_rope_index(**given)[0]  # type: ignore[no-any-return]
     except (IndexError, RuntimeError, StopIteration, TypeError, ValueError) as error:
         raise RopeError(
             f"{type(part).__name__} cannot place these images and videos among the tokens "
             f"({type(error).__name__}: {error}); pass the processor's output as it is."
         ) from error
+
+
+def _copied(part: Any) -> Any:
+    """Return a stand-in that takes what some rules leave on their model for the next call."""
+    copied = copy.copy(part)
+    if isinstance(own := copied.__dict__.get(INDEX), PlacedIndex):
+        copied.__dict__[INDEX] = PlacedIndex(copied, own.rule, own.axes, own.next_text)
+    return copied
 
 
 def _require_grids_match(config: Config, given: Mapping[str, Any]) -> None:
