@@ -66,14 +66,14 @@ def visual_length(
         if isinstance(model, nn.Module)
         else skeleton(model if source is None else read_config(source)[0])
     )
-    part = position_rule(whole, read_sites(whole)[0])
+    site = read_sites(whole)[0]
+    part = position_rule(whole, site)
     if part is None:
         raise RopeError(
             f"{type(whole).__name__} has no M-RoPE, so an image takes as many positions as tokens; "
             f"count them with its processor."
         )
-    vision = getattr(part.config, "vision_config", None)
-    if getattr(vision, "spatial_merge_size", 1) < 2:
+    if family_of(part.config).next_text is None:
         raise RopeError(
             f"how {type(part).__name__} lays out its visual tokens is not known from the config; "
             f"give request_length its processor's output."
@@ -82,22 +82,24 @@ def visual_length(
         raise RopeError(f"{type(part).__name__} takes no videos.")
     if text < 0 or not text + len(images) + len(videos):
         raise RopeError(f"a request has text, images or videos, got text={text!r} alone.")
-    resizer = _Resizer(source, part.config)
-    image_grids = [resizer.image(size) for size in images]
-    video_grids = [resizer.video(video) for video in videos]
-    inputs = _made_up(part.config, image_grids, video_grids, videos, text)
-    if family_of(part.config).frames_apart and videos:
-        resizer.assumed.add("times before frames: a token for each digit, point, bracket and word")
-    return replace(request_length(whole, **inputs), assumed=tuple(sorted(resizer.assumed)))
+    apart = site.family.frames_apart
+    resizer, request = _Resizer(source, part.config, apart), _MadeUp(part.config, apart)
+    request.add_text(text)
+    for size in images:
+        request.add_image(resizer.image(size))
+    for video in videos:
+        request.add_video(resizer.video(video), video.fps)
+    found = request_length(whole, **request.inputs())
+    return replace(found, assumed=tuple(sorted(resizer.assumed | request.assumed)))
 
 
 class _Resizer:
     """From sizes to grids of patches, remembering what had to be assumed."""
 
-    def __init__(self, source: str | Path | None, config: Config) -> None:
+    def __init__(self, source: str | Path | None, config: Config, frames_apart: bool) -> None:
         self.vision = config.vision_config
         self.side = self.vision.patch_size * self.vision.spatial_merge_size
-        self.whole_videos = family_of(config).frames_apart  # these share one limit on pixels
+        self.whole_videos = frames_apart  # the frames of these share one limit on pixels
         self.assumed: set[str] = set()
         self._processor = None if source is None else _image_processor(source)
         self._video_settings = {} if source is None else _video_settings(source)
@@ -207,41 +209,53 @@ def _video_settings(source: str | Path) -> dict[str, Any]:
     return {}
 
 
-def _made_up(
-    config: Config,
-    images: Sequence[tuple[int, int, int]],
-    grids: Sequence[tuple[int, int, int]],
-    videos: Sequence[Video],
-    text: int,
-) -> dict[str, Any]:
-    """Return what a processor would, with one meaningless word for all text."""
-    names = ("image", "video", "audio", "vision_start", "vision_end", "audio_start")
-    special: dict[str, int] = {name: getattr(config, f"{name}_token_id", -1) for name in names}
-    word = next(number for number in count() if number not in special.values())
-    start = word if special["vision_start"] < 0 else special["vision_start"]
-    step = _frames_per_patch(config.vision_config)
-    spans = [(word, 0, text)]  # id, kind and length
-    for grid in images:
-        length = int(visual_tokens(config, torch.tensor([grid]), video=False))
-        spans += [(start, 0, 1), (special["image"], 1, length), (word, 0, 1)]
-    for grid, video in zip(grids, videos, strict=True):
-        length = int(visual_tokens(config, torch.tensor([grid]), video=True))
-        times: list[float | None] = [None]
-        if family_of(config).frames_apart:
-            times = [frame * step / video.fps for frame in range(grid[0])]
-        for time in times:
-            words = 0 if time is None else len(f"{time:.1f}") + 3  # "<", " seconds" and ">"
-            spans += [(word, 0, words), (start, 0, 1)]
-            spans += [(special["video"], 2, length // len(times)), (word, 0, 1)]
-    ids, kinds, lengths = torch.tensor(spans).unbind(dim=1)
-    inputs: dict[str, Any] = {
-        "input_ids": ids.repeat_interleave(lengths)[None],
-        "mm_token_type_ids": kinds.repeat_interleave(lengths)[None],
-    }
-    if images:
-        inputs["image_grid_thw"] = torch.tensor(images)
-    if grids:
-        inputs["video_grid_thw"] = torch.tensor(grids)
-        seconds = torch.tensor([step / video.fps for video in videos])
-        inputs |= {"second_per_grid_ts": seconds, "video_second_per_grid": seconds}
-    return inputs
+class _MadeUp:
+    """What a processor would return, with one meaningless word for all text."""
+
+    def __init__(self, config: Config, frames_apart: bool) -> None:
+        self.config = config
+        self.frames_apart = frames_apart
+        self.assumed: set[str] = set()
+        names = ("image", "video", "audio", "vision_start", "audio_start")
+        tokens = {name: getattr(config, f"{name}_token_id", -1) for name in names}
+        self._word = next(number for number in count() if number not in tokens.values())
+        self._tokens = {name: self._word if id_ < 0 else id_ for name, id_ in tokens.items()}
+        self._spans: list[tuple[int, int, int]] = []  # id, kind and length
+        self._grids: dict[str, list[tuple[int, int, int]]] = {"image": [], "video": []}
+        self._seconds: list[float] = []  # from one grid in time to the next
+
+    def add_text(self, tokens: int) -> None:
+        self._spans.append((self._word, 0, tokens))
+
+    def add_image(self, grid: tuple[int, int, int]) -> None:
+        self._grids["image"].append(grid)
+        tokens = int(visual_tokens(self.config, torch.tensor([grid]), video=False))
+        self._add_visual("image", 1, tokens)
+
+    def add_video(self, grid: tuple[int, int, int], fps: float) -> None:
+        self._grids["video"].append(grid)
+        self._seconds.append(_frames_per_patch(self.config.vision_config) / fps)
+        tokens = int(visual_tokens(self.config, torch.tensor([grid]), video=True))
+        if not self.frames_apart:
+            self._add_visual("video", 2, tokens)
+            return
+        for frame in range(grid[0]):
+            self.add_text(len(f"{frame * self._seconds[-1]:.1f}") + 3)
+            self._add_visual("video", 2, tokens // grid[0])
+        self.assumed.add("<1.5 seconds> before each frame of a video, a token for each digit")
+
+    def inputs(self) -> dict[str, Any]:
+        ids, kinds, lengths = torch.tensor(self._spans).unbind(dim=1)
+        seconds = torch.tensor(self._seconds)
+        return {
+            "input_ids": ids.repeat_interleave(lengths)[None],
+            "mm_token_type_ids": kinds.repeat_interleave(lengths)[None],
+            **{f"{name}_grid_thw": torch.tensor(it) for name, it in self._grids.items() if it},
+            # by the names of Qwen2.5-VL's processor and of Qwen2.5-Omni's
+            **dict.fromkeys(("second_per_grid_ts", "video_second_per_grid"), seconds),
+        }
+
+    def _add_visual(self, name: str, kind: int, tokens: int) -> None:
+        self._spans.append((self._tokens["vision_start"], 0, 1))
+        self._spans.append((self._tokens[name], kind, tokens))
+        self.add_text(1)

@@ -17,7 +17,6 @@ from . import (
     speech,
     tencent,
     unscaled,
-    video,
 )
 
 FAMILIES: tuple[Family, ...] = (
@@ -35,5 +34,4 @@ FAMILIES: tuple[Family, ...] = (
     *speech.FAMILIES,
     *tencent.FAMILIES,
     *unscaled.FAMILIES,
-    *video.FAMILIES,
 )

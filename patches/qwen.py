@@ -48,9 +48,5 @@ def _stretch(method: Method, geometry: RopeGeometry) -> float:
 FAMILIES = (
     Family(model_types=("qwen3", "qwen3_moe"), advice=native_length),
     Family(model_types=("qwen2_5_vl_text",), advice=localisation),
-    Family(
-        model_types=("qwen3_vl_moe_text", "qwen3_vl_text"),
-        frames_apart=True,
-        advice=slow_positions,
-    ),
+    Family(model_types=("qwen3_vl_moe_text", "qwen3_vl_text"), advice=slow_positions),
 )

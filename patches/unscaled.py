@@ -2,7 +2,4 @@
 
 from hf_rope_ext.families import Family
 
-FAMILIES = (
-    Family(model_types=("cosmos3_edge_text",), frames_apart=True, stock_types=("default",)),
-    Family(model_types=("recurrent_gemma",), stock_types=("default",)),
-)
+FAMILIES = (Family(model_types=("cosmos3_edge_text", "recurrent_gemma"), stock_types=("default",)),)
