@@ -37,6 +37,7 @@ class Family:
             the label itself does not say so.
         axes: Names of the rows of M-RoPE's positions; time, height and width when not given.
         next_text: Where the model places text behind an image or a video; see `VisualPositions`.
+            None where it follows none of those rules.
         frames_apart: Whether videos are cut into single frames with text between them, so that the
             positions of a block do not differ in time.
         pair_order: From the config to the order in which the family stores its pairs.
@@ -66,7 +67,7 @@ class Family:
     unscaled: tuple[str, ...] = ()
     windowed: tuple[str, ...] = ()
     axes: tuple[str, ...] | None = None
-    next_text: str = "spatial"
+    next_text: str | None = "spatial"
     frames_apart: bool = False
     pair_order: Callable[[Config], list[int]] | None = None
     reads_config: bool = False

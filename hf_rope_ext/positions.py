@@ -77,17 +77,20 @@ class VisualPositions:
         """Return the factor of each axis.
 
         Raises:
-            MethodParameterError: If a factor is given for an axis there is not.
+            MethodParameterError: If there is no axis that the rule needs.
         """
-        if not isinstance(self.factor, Mapping):
-            return (float(self.factor),) * len(axes)
-        for axis in self.factor:
+        by_axis = self.factor if isinstance(self.factor, Mapping) else {}
+        placed = {"grid": (), "reset": ("h", "w"), "diagonal": AXES}[self.placement]
+        behind = {"spatial": ("h", "w"), "time": ("t",)}.get(self.next_text or "", ())
+        for axis in (*by_axis, *placed, *behind):
             if axis not in axes:
                 raise MethodParameterError(
                     f"visual_positions: there is no axis {axis!r}; the positions of this model "
                     f"have {', '.join(map(repr, axes))}."
                 )
-        return tuple(float(self.factor.get(axis, 1.0)) for axis in axes)
+        if by_axis:
+            return tuple(float(by_axis.get(axis, 1.0)) for axis in axes)
+        return (float(self.factor),) * len(axes)  # type: ignore[arg-type]
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain JSON data, as the constructor takes it."""
@@ -123,8 +126,13 @@ def place_visual_tokens(
         ``(axes, batch, seq)``; float32 where a position is no whole number.
 
     Raises:
-        RopeError: If ``position_ids`` do not follow ``next_text``.
+        RopeError: If the shapes do not agree, or ``position_ids`` do not follow ``next_text``.
     """
+    if position_ids.shape != (len(axes), *visual.shape):
+        raise RopeError(
+            f"position_ids of the axes {', '.join(axes)} have shape (axes, batch, seq) and visual "
+            f"(batch, seq); got {tuple(position_ids.shape)} and {tuple(visual.shape)}."
+        )
     factors = rule.factors(axes)
     placed = position_ids.double()
     for row in range(position_ids.shape[1]):
@@ -180,13 +188,7 @@ def _behind(next_text: str, ends: Sequence[float], tokens: int, axes: Sequence[s
     if next_text == "tokens":
         return tokens
     names = {"max": axes, "spatial": ("h", "w"), "time": ("t",)}[next_text]
-    found = [end for end, axis in zip(ends, axes, strict=True) if axis in names]
-    if not found:
-        raise RopeError(
-            f"next_text={next_text!r} needs an axis {' or '.join(map(repr, names))}; the positions "
-            f"have {', '.join(map(repr, axes))}."
-        )
-    return max(found)
+    return max(end for end, axis in zip(ends, axes, strict=True) if axis in names)
 
 
 def _require_rule(own: Tensor, first: Tensor, end: int, before: float, next_text: str) -> None:

@@ -112,7 +112,13 @@ def _indexed(model: nn.Module, configs: list[Config]) -> Iterator[tuple[nn.Modul
         if not hasattr(type(part), INDEX):
             continue
         if any(own is config for own in text_configs(part.config) for config in configs):
-            yield part, family_of(part.config).next_text
+            next_text = family_of(part.config).next_text
+            if next_text is None:
+                raise UnsupportedModelError(
+                    f"visual_positions on model_type={part.config.model_type!r}: it lays "
+                    f"images out by another rule than blocks with text behind. Nothing was changed."
+                )
+            yield part, next_text
 
 
 def _visual_tokens(config: Config) -> Iterator[tuple[int, int]]:

@@ -10,13 +10,13 @@ from . import (
     llama,
     mistral,
     muse,
-    neomme,
     phi,
     qwen,
     several_towers,
     speech,
     tencent,
     unscaled,
+    vision,
 )
 
 FAMILIES: tuple[Family, ...] = (
@@ -27,11 +27,11 @@ FAMILIES: tuple[Family, ...] = (
     *llama.FAMILIES,
     *mistral.FAMILIES,
     *muse.FAMILIES,
-    *neomme.FAMILIES,
     *phi.FAMILIES,
     *qwen.FAMILIES,
     *several_towers.FAMILIES,
     *speech.FAMILIES,
     *tencent.FAMILIES,
     *unscaled.FAMILIES,
+    *vision.FAMILIES,
 )

@@ -48,5 +48,14 @@ def _stretch(method: Method, geometry: RopeGeometry) -> float:
 FAMILIES = (
     Family(model_types=("qwen3", "qwen3_moe"), advice=native_length),
     Family(model_types=("qwen2_5_vl_text",), advice=localisation),
-    Family(model_types=("qwen3_vl_moe_text", "qwen3_vl_text"), advice=slow_positions),
+    Family(model_types=("qwen2_5_omni_thinker", "qwen3_omni_moe_thinker"), next_text="max"),
+    Family(
+        model_types=("qwen3_vl_moe_text", "qwen3_vl_text"),
+        frames_apart=True,
+        advice=slow_positions,
+    ),
+    Family(
+        model_types=("qwen3_5_moe_text", "qwen3_5_text", "qwen4_exp_text"),
+        frames_apart=True,
+    ),
 )
