@@ -130,9 +130,9 @@ def plan(
     else:
         (length,) = parse_lengths(target, trained)
     if request is not None and not as_json:
-        out.print(request, highlight=False)
+        out.print(str(request), highlight=False, soft_wrap=True)
         for words in request.assumed:
-            out.print(f"assumed: {words}", highlight=False)
+            out.print(f"assumed: {words}", markup=False, highlight=False, soft_wrap=True)
     if request is not None and request.factor == 1.0:
         if as_json:
             _print_json({"request": request.to_dict()})

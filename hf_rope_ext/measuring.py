@@ -176,9 +176,7 @@ def _rule_positions(part: Any, inputs: dict[str, Any]) -> Tensor | None:
             "there are images or videos but no mm_token_type_ids, which tell the model where they "
             "stand; the processor returns them beside input_ids."
         )
-    # GLM-Image's grids are also of images that are yet to be made
-    if "images_per_sample" not in known:
-        _require_grids_match(part.config, given)
+    _require_grids_match(part.config, given)
     try:
         return _copied(part).get_rope_index(**given)[0]  # type: ignore[no-any-return]
     except (IndexError, RuntimeError, StopIteration, TypeError, ValueError) as error:
@@ -198,10 +196,13 @@ def _copied(part: Any) -> Any:
 
 def _require_grids_match(config: Config, given: Mapping[str, Any]) -> None:
     """Compare what the grids stand for with the tokens there are: rules ignore surplus grids."""
-    merge = f"{config.vision_config.spatial_merge_size} x {config.vision_config.spatial_merge_size}"
+    family = family_of(config)
+    if family.next_text is None or family.row_ends:
+        return  # a rule of their own, where grids can also be of images yet to be drawn
+    merge = config.vision_config.spatial_merge_size
     for kind, name in ((1, "image"), (2, "video")):
         grid = given.get(f"{name}_grid_thw")
-        if grid is None or family_of(config).row_ends:  # whose rule sees to it itself
+        if grid is None:
             continue
         expected = int(visual_tokens(config, grid, video=kind == 2).sum())
         if "mm_token_type_ids" in given:
@@ -210,6 +211,6 @@ def _require_grids_match(config: Config, given: Mapping[str, Any]) -> None:
             found = int((given["input_ids"] == getattr(config, f"{name}_token_id")).sum())
         if expected != found:
             raise RopeError(
-                f"{name}_grid_thw {grid.tolist()} stands for {expected} tokens of {merge} patches, "
-                f"but the ids have {found}; pass the processor's output as it is."
+                f"{name}_grid_thw {grid.tolist()} stands for {expected} tokens of {merge} x "
+                f"{merge} patches, but the ids have {found}; pass the processor's output as it is."
             )

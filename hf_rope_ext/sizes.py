@@ -106,6 +106,8 @@ class _Resizer:
         self._known: dict[Size, tuple[int, int, int]] = {}
 
     def image(self, size: Size) -> tuple[int, int, int]:
+        if len(size) == 3 and size[0] != 1:
+            raise RopeError(f"an image has one frame, got {size!r}.")
         if size not in self._known:
             self._known[size] = self._grid(size) or self._processed(*size[:2])
         return self._known[size]
@@ -113,16 +115,19 @@ class _Resizer:
     def video(self, video: Video) -> tuple[int, int, int]:
         if not video.fps > 0:
             raise RopeError(f"fps must be greater than 0, got {video.fps!r}.")
+        merge = getattr(self.vision, "temporal_merge_size", 1)
         if (grid := self._grid(video.size)) is not None:
             if video.frames is not None:
                 raise RopeError(f"{video!r} says twice how many frames there are.")
+            if grid[0] % merge:
+                raise RopeError(f"frames of a grid must be a multiple of {merge}, got {grid!r}.")
             return grid
         if video.frames is None or video.frames < 1:
             raise RopeError(f"a video needs frames, at least 1; got {video!r}.")
         step = _frames_per_patch(self.vision)
         bounds = self._bounds(self._video_settings, "videos")
         rows, columns = self._resized(*video.size[:2], video.frames, step, bounds)
-        return math.ceil(video.frames / step), rows, columns
+        return math.ceil(video.frames / step / merge) * merge, rows, columns
 
     def _grid(self, size: Size) -> tuple[int, int, int] | None:
         if min(size) < 1:
