@@ -105,7 +105,7 @@ def test_plan_measures_a_request_with_images_and_videos(run, vision_model):
     status, out, _ = run("plan", vision_model, *images, *video, "--images", 14, "--json")
     found = json.loads(out)
     assert found["factor"] == found["request"]["factor"] == 109 / 64
-    assert found["request"]["largest"] == {"t": 108, "h": 94, "w": 94}
+    assert found["request"]["largest"] == {"t": 108, "h": 95, "w": 95}
     # the cache holds tokens: 2 layers, keys and values, 2 heads of 16 numbers of 2 bytes
     assert found["cache_bytes"] == found["request"]["tokens"] * 2 * 2 * 2 * 16 * 2
     assert "limit_only" in found["advice"][0]
