@@ -33,7 +33,7 @@ class Processor(Qwen2_5_VLProcessor):
 
 
 def tiny() -> tuple[Processor, Qwen2_5_VLForConditionalGeneration]:
-    """Return a processor, whose tokens are bytes, and a model trained at 128 positions, so to say."""
+    """Return a processor whose tokens are bytes, and a model as if trained at 128 positions."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     bytes_ = Tokenizer(models.BPE({one: number for number, one in enumerate(alphabet)}, merges=[]))
     bytes_.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -45,6 +45,8 @@ def tiny() -> tuple[Processor, Qwen2_5_VLForConditionalGeneration]:
     config = Qwen2_5_VLConfig(
         text_config={
             "vocab_size": len(tokenizer),
+            "bos_token_id": None,
+            "eos_token_id": None,
             "hidden_size": 64,
             "intermediate_size": 64,
             "num_hidden_layers": 2,
@@ -90,13 +92,13 @@ images = [draw(number) for number in range(1, 31)]
 prompt = "<|vision_start|><|image_pad|><|vision_end|>" * len(images) + "Which shows 12 disks?"
 inputs = processor(text=[prompt], images=images, return_tensors="pt")
 
-found = request_length(model, **inputs)
+found = request_length(model, **inputs, max_new_tokens=8)
 print(found)
 print(f"by tokens it would have been factor {found.tokens / found.trained:g}")
 
 with torch.no_grad():
     before = model(**inputs).logits
-# a number serves too; of a long video perhaps only "t" needs more than 1
+# or factor=4, or by axis, of which a long video may need t alone: {"t": 4, "h": 1, "w": 1}
 patch_model(model, "yarn", factor=found.factors)
 print(describe(model))
 output = model.generate(**inputs, max_new_tokens=8, do_sample=False)  # with a cache, as always

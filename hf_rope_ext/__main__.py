@@ -98,7 +98,7 @@ def plan(
         int | None, typer.Option(min=1, help="Frames sampled of each --video in pixels.")
     ] = None,
     fps: Annotated[float, typer.Option(help="Frames sampled per second.")] = 2.0,
-    text: Annotated[int, typer.Option(min=0, help="Tokens of text of the request.")] = 0,
+    text: Annotated[int, typer.Option(min=0, help="Tokens of its text, the answer included.")] = 0,
     methods: Methods = "none,linear,ntk,ntk_by_parts,yarn,llama3,dynamic_yarn",
     original: Original = None,
     number_bytes: Annotated[int, typer.Option(min=1, help="Size of a number in the cache.")] = 2,

@@ -77,11 +77,12 @@ class RequestLength:
         return max(positions / self.trained, 1.0)
 
 
-def request_length(model: nn.Module, **inputs: Any) -> RequestLength:
+def request_length(model: nn.Module, *, max_new_tokens: int = 0, **inputs: Any) -> RequestLength:
     """Measure a request before it is run; a model's ``rope_deltas`` are neither read nor changed.
 
     Args:
         model: The model it is for, patched or not.
+        max_new_tokens: How many ``generate`` shall write behind it.
         **inputs: What the model would be called with: a tokenizer's or a processor's output.
 
     Raises:
@@ -110,22 +111,31 @@ def request_length(model: nn.Module, **inputs: Any) -> RequestLength:
     if positions is None and part is not None:
         positions = _rule_positions(part, {**inputs, "attention_mask": mask})
     tokens = int(mask.sum(dim=1).max())
-    largest = [tokens - 1]
-    if positions is not None:
-        if positions.dim() == 2:
-            positions = positions[None]
-        # padding holds any position
-        largest = torch.where(mask.bool(), positions, 0).amax(dim=(1, 2)).long().tolist()
-    if len(largest) == 1:
-        largest *= len(axes)
+    if positions is None:
+        positions = (mask.cumsum(dim=1) - 1)[None]
+    elif positions.dim() == 2:
+        positions = positions[None]
     # a row more than there are axes is Qwen3's running count, which builds masks
-    largest = largest[-len(axes) :]
+    found = _largest(positions[-len(axes) :], mask, max_new_tokens)
+    largest = found.expand(len(axes)).tolist()
     return RequestLength(
-        tokens=tokens,
+        tokens=tokens + max_new_tokens,
         positions=max(largest) + 1,
         trained=site.geometry.original_max_position_embeddings,
         largest=dict(zip(axes, largest, strict=True)) if len(axes) > 1 else {},
     )
+
+
+def _largest(positions: Tensor, mask: Tensor, max_new_tokens: int) -> Tensor:
+    """Return the largest position of each row of ``(axes, batch, seq)``, of all tokens but padding.
+
+    `generate` goes on behind the last token, though an earlier one can have a larger position.
+    """
+    positions = torch.where(mask.bool(), positions, 0).long()
+    order = torch.arange(1, mask.shape[1] + 1, device=mask.device)
+    rows = torch.arange(len(mask), device=mask.device)
+    last = positions[:, rows, (mask * order).argmax(dim=1)]
+    return torch.maximum(positions.amax(dim=2), last + max_new_tokens).amax(dim=1)
 
 
 def position_rule(model: nn.Module, site: RopeSite) -> Any:

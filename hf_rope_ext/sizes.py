@@ -54,7 +54,7 @@ def visual_length(
         model: Directory or hub id, config, or the model itself.
         images: Their sizes.
         videos: What of them is sampled.
-        text: How many tokens of text there are besides.
+        text: How many tokens of text there are besides, those to be generated included.
 
     Raises:
         RopeError: If the model has no M-RoPE or another layout of visual tokens, or there is no

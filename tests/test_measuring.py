@@ -98,6 +98,49 @@ def test_what_an_earlier_request_left_on_the_model_is_not_used():
     assert request_length(model, **zoo.inputs(model, length=100)).positions == 100
 
 
+@pytest.mark.parametrize("model_type", ["qwen2_5_vl", "qwen3_vl", "qwen2_5_omni_thinker"])
+def test_tokens_to_be_generated_take_a_position_each(model_type):
+    model = zoo.build(model_type)
+    inputs = zoo_images.image_inputs(model, words=1)
+    seen = []
+    text = model.get_submodule(read_sites(model)[0].path)
+    hook = text.register_forward_pre_hook(
+        lambda module, arguments, keywords: seen.append(
+            keywords.get("position_ids", arguments[-1])[..., -1].flatten().tolist()
+        ),
+        with_kwargs=True,
+    )
+
+    model.generate(
+        **inputs, max_new_tokens=50, min_new_tokens=50, suppress_tokens=zoo_images.SPECIAL
+    )
+    hook.remove()
+
+    # the last of them is not read
+    found = request_length(model, **inputs, max_new_tokens=49)
+    assert list(found.largest.values()) == seen[-1] == [seen[0][1] + 49] * 3
+    few = request_length(model, **inputs, max_new_tokens=4)
+    assert few.positions == max(max(seen[4]) + 1, request_length(model, **inputs).positions)
+    assert few.tokens == inputs["input_ids"].shape[1] + 4
+
+
+@pytest.mark.parametrize("method", ["generate", "by hand"])
+def test_what_is_written_behind_a_long_video_begins_where_the_page_says(method):
+    model = zoo.build("qwen2_5_vl")
+    inputs = zoo_images.image_inputs(model, words=1)
+    seen = []
+    rotary = model.get_submodule(read_sites(model)[0].path)
+    rotary.register_forward_pre_hook(lambda module, given: seen.append(int(given[1][0, 0, -1])))
+
+    if method == "generate":
+        model.generate(**inputs, max_new_tokens=2, suppress_tokens=zoo_images.SPECIAL)
+    else:
+        cache = model(**inputs).past_key_values
+        model(torch.tensor([[20]]), past_key_values=cache)
+
+    assert seen == [19, 20 if method == "generate" else 39]
+
+
 def test_a_patched_model_is_measured_by_its_own_rule_for_visual_tokens():
     model = zoo.build("qwen2_vl")
     inputs = zoo_images.image_inputs(model)
