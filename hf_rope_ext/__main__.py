@@ -133,6 +133,8 @@ def plan(
         out.print(str(request), highlight=False, soft_wrap=True)
         for words in request.assumed:
             out.print(f"assumed: {words}", markup=False, highlight=False, soft_wrap=True)
+        if len(set(request.factors.values())) > 1:
+            out.print(f"by axis: factor={json.dumps(request.factors)}", highlight=False)
     if request is not None and request.factor == 1.0:
         if as_json:
             _print_json({"request": request.to_dict()})

@@ -189,7 +189,14 @@ def _rule_positions(part: Any, inputs: dict[str, Any]) -> Tensor | None:
     _require_grids_match(part.config, given)
     try:
         return _copied(part).get_rope_index(**given)[0]  # type: ignore[no-any-return]
-    except (IndexError, RuntimeError, StopIteration, TypeError, ValueError) as error:
+    except (
+        AttributeError,
+        IndexError,
+        RuntimeError,
+        StopIteration,
+        TypeError,
+        ValueError,
+    ) as error:
         raise RopeError(
             f"{type(part).__name__} cannot place these images and videos among the tokens "
             f"({type(error).__name__}: {error}); pass the processor's output as it is."

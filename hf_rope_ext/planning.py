@@ -175,7 +175,8 @@ class Plan:
         factor: Their ratio.
         cache_bytes: What keys and values of one sequence of the target length take up.
         effects: What each method does to the pairs, by the label it was given.
-        advice: What the vendor says about extending the model by these methods.
+        advice: What the vendor says about extending the model by these methods, and what else to
+            mind.
         exports: What tells each engine to use YaRN at that factor, or why nothing does.
     """
 
@@ -233,7 +234,7 @@ def plan_extension(
         factor=factor,
         cache_bytes=cache_bytes(site.config, tokens or target, number_bytes),
         effects={label: effect(method, site.geometry, target) for label, method in methods.items()},
-        advice=_advice(site, methods.values()),
+        advice=_advice(site, methods.values(), target, tokens or target),
         exports=exports,
     )
 
@@ -258,12 +259,17 @@ def curves(geometry: RopeGeometry, methods: Mapping[str, Method], factor: float)
     return result
 
 
-def _advice(site: RopeSite, methods: Iterable[Method]) -> tuple[str, ...]:
-    advise = site.family.advice
-    if advise is None:
-        return ()
-    said = (advise(method, site.geometry) for method in methods)
-    return tuple(dict.fromkeys(words for words in said if words is not None))
+def _advice(site: RopeSite, methods: Iterable[Method], target: int, tokens: int) -> tuple[str, ...]:
+    notes = []
+    if site.family.advice is not None:
+        said = (site.family.advice(method, site.geometry) for method in methods)
+        notes += [words for words in said if words is not None]
+    if tokens != target:
+        notes.append(
+            f"other engines limit a request by tokens: vLLM's --max-model-len, SGLang's "
+            f"--context-length and llama.cpp's --ctx-size must be {tokens}."
+        )
+    return tuple(dict.fromkeys(notes))
 
 
 def _inspect(site: RopeSite) -> Inspection:

@@ -101,14 +101,16 @@ def test_plan_measures_a_request_with_images_and_videos(run, vision_model):
     assert status == 0
     assert "64 -> 109 positions: factor 1.70312" in out
     assert "yarn" in out
+    assert 'by axis: factor={"t": 1.703125, "h": 1.5, "w": 1.5}' in out
     assert "note: Qwen2.5-VL's model card advises against YaRN" in out
+    assert f"llama.cpp's --ctx-size must be {7 + 14 * (8 + 2) + 5 * 6 + 2}." in out
     status, out, _ = run("plan", vision_model, *images, *video, "--images", 14, "--json")
     found = json.loads(out)
     assert found["factor"] == found["request"]["factor"] == 109 / 64
     assert found["request"]["largest"] == {"t": 108, "h": 95, "w": 95}
     # the cache holds tokens: 2 layers, keys and values, 2 heads of 16 numbers of 2 bytes
     assert found["cache_bytes"] == found["request"]["tokens"] * 2 * 2 * 2 * 16 * 2
-    assert "limit_only" in found["advice"][0]
+    assert "limit_only=True" in found["advice"][0]
 
 
 def test_plan_takes_grids_of_patches(run, vision_model):
