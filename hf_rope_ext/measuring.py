@@ -141,15 +141,12 @@ def _largest(positions: Tensor, mask: Tensor, max_new_tokens: int) -> Tensor:
 def position_rule(model: nn.Module, site: RopeSite) -> Any:
     """Return the part of a model that gives images and text their positions, None without M-RoPE.
 
-    It is the innermost one around the rotary module: the other towers have rules of their own.
+    It holds the rotary module: other towers can have rules of their own.
     """
-    found = None
     for part in model.modules():
-        if hasattr(part, "get_rope_index") and any(
-            inner is site.rotary.parent for inner in part.modules()
-        ):
-            found = part
-    return found
+        if hasattr(part, "get_rope_index") and site.rotary.parent in set(part.modules()):
+            return part
+    return None
 
 
 def visual_tokens(config: Config, grid: Tensor, *, video: bool) -> Tensor:

@@ -252,6 +252,35 @@ def test_an_omni_models_inputs_are_taken_by_the_processors_names(model_type):
         request_length(model, **{**inputs, "image_grid_thw": torch.tensor([[1, 8, 8]])})
 
 
+@pytest.mark.parametrize(
+    "heard", [{"feature_attention_mask": torch.ones(1, 16).long()}, {"audio_feature_lengths": [16]}]
+)
+def test_audio_takes_as_many_positions_as_tokens(heard):
+    model = zoo.build("qwen2_5_omni_thinker")
+    start, audio = model.config.audio_start_token_id, model.config.audio_token_id
+    ids = [20, start, *[audio] * 4, 20, 5, *[6] * 8, 9, 20]  # 16 frames of sound are 4 tokens
+
+    found = request_length(
+        model, input_ids=torch.tensor([ids]), image_grid_thw=torch.tensor([[1, 4, 8]]), **heard
+    )
+
+    assert found.positions == len(ids) - 8 + 4
+
+
+def test_hunyuans_images_may_lack_their_two_more_tokens():
+    model = zoo.build("hunyuan_vl")
+    grid = torch.tensor([[1, 4, 8]])  # 2 rows of 4 tokens and an end
+    for tokens in (10, 12):
+        kinds = torch.tensor([[0, *[1] * tokens, 0]])
+        found = request_length(
+            model, input_ids=kinds + 5, mm_token_type_ids=kinds, image_grid_thw=grid
+        )
+        assert found.positions == found.tokens == tokens + 2
+    kinds = torch.tensor([[0, *[1] * 11, 0]])
+    with pytest.raises(RopeError, match="HunYuanVLModel cannot place"):
+        request_length(model, input_ids=kinds + 5, mm_token_type_ids=kinds, image_grid_thw=grid)
+
+
 def test_the_documented_rules_are_those_of_the_installed_families():
     page = (ROOT / "docs" / "vision_language.md").read_text(encoding="utf-8")
 
