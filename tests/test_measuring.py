@@ -347,6 +347,13 @@ def test_a_request_is_measured_from_sizes_alone(model_type, rule):
     assert found.positions == max(found.largest.values()) + 1
 
 
+@pytest.mark.parametrize(("fps", "step"), [(4, 2), (0.5, 16), (3, 4 * 2 / 3)])
+def test_frames_further_apart_take_more_positions(fps, step):
+    found = visual_length(zoo.config("qwen2_5_vl"), videos=[Video((6, 8, 4), fps=fps)])
+
+    assert found.largest["t"] == 1 + int(5 * step)
+
+
 def test_frames_that_are_merged_and_rows_that_end_are_counted():
     ernie = visual_length(zoo.config("ernie4_5_vl_moe"), videos=[Video((6, 8, 4))])
     hunyuan = visual_length(zoo.config("hunyuan_vl"), images=[(1, 8, 12)], text=3)
@@ -447,6 +454,7 @@ def test_what_is_not_known_is_said():
         found.tokens
         == visual_length(config, images=[(1, 4, 62)], videos=[Video((2, 22, 40))]).tokens
     )
+    assert visual_length(config, images=[(10, 10)]).tokens == 1 + 2
     assert len(found.assumed) == 3
     assert "images: sides rounded to multiples of 32 pixels" in str(found.assumed)
     assert "a token for each digit" in str(found.assumed)
