@@ -1,5 +1,6 @@
 """Extend the context of RoPE models: exact, reversible, and saved so that stock tools load it."""
 
+from hf_rope_ext.axial import AxialRope
 from hf_rope_ext.caching import planned
 from hf_rope_ext.describe import describe
 from hf_rope_ext.errors import (
@@ -27,6 +28,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "AlreadyScaledError",
+    "AxialRope",
     "Export",
     "ExportError",
     "MRopeLayout",

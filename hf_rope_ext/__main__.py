@@ -193,6 +193,11 @@ def export_command(
     from hf_rope_ext.records import recorded_method
 
     config, record = read_config(model or _bundled())
+    if record is not None and "vision" in (record.get("target"), *record):
+        raise RopeError(
+            f"{model!r} was saved with a patched vision tower, for which {to} has no words; "
+            f"unpatch it and save the model again."
+        )
     arguments: dict[str, Any] = {"original_max_position_embeddings": original, "replace": True}
     if method is None:
         if record is None:

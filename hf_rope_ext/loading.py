@@ -10,7 +10,7 @@ from hf_rope_ext.adapters import SOURCE, load_adapter, save_record
 from hf_rope_ext.checkpoint import RECORD
 from hf_rope_ext.errors import RopeError
 from hf_rope_ext.families import Config
-from hf_rope_ext.records import require_known, restore
+from hf_rope_ext.records import joined, require_known, restore
 
 
 def load_pretrained(name_or_path: str | Path, **kwargs: Any) -> nn.Module:
@@ -114,7 +114,7 @@ def _read_config(
     _restore(settings, records)
     for record in records:
         require_known(record, name_or_path)
-    return settings, records[0] if records else None
+    return settings, joined(records)
 
 
 def _restore(settings: dict[str, Any], records: list[dict[str, Any]]) -> None:

@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from hf_rope_ext.axes import axis_names, with_axes
 from hf_rope_ext.checkpoint import ConfigChange, config_changes
@@ -34,8 +34,21 @@ from hf_rope_ext.positions import LAYOUT_POSITIONS, VisualPositions
 from hf_rope_ext.rotary import Rotation
 from hf_rope_ext.sites import RopeSite, read_sites, window
 from hf_rope_ext.temperature import SoftmaxChange, effective_logit_factor, softmax_changes
+from hf_rope_ext.towers import AxialRotation, named, read_towers, tower_axes, tower_changes
 
 TEMPERATURES = ("rotation", "logits")
+TARGETS = ("text", "vision")
+TEXT_ARGUMENTS = (
+    "layer_types",
+    "limit_only",
+    "mrope_layout",
+    "visual_positions",
+    "on_growth",
+    "buckets",
+    "compat",
+    "on_plan",
+)
+"""What only a text model can be asked for."""
 
 
 @dataclass(frozen=True)
@@ -56,6 +69,7 @@ class Request:
     buckets: float | None = None
     compat: str | None = None
     on_plan: Callable[[RequestPlan], None] | None = None
+    target: str = "text"
     knobs: Mapping[str, Any] = field(default_factory=dict)
 
     @classmethod
@@ -82,6 +96,7 @@ class Resolved:
     layout: MRopeLayout | None
     visual: VisualPositions | None
     axes: tuple[str, ...]
+    target: str = "text"
 
     @property
     def has_stock_form(self) -> bool:
@@ -106,6 +121,12 @@ def resolve(request: Request, model: nn.Module) -> Resolved:
     _require_length(
         "original_max_position_embeddings", request.original_max_position_embeddings, least=2
     )
+    if request.target not in TARGETS:
+        raise MethodParameterError(
+            f"target must be one of {', '.join(map(repr, TARGETS))}, got {request.target!r}."
+        )
+    if request.target == "vision":
+        return _resolve_vision(request, model)
     layer_types = _layer_types(request.layer_types)
     sites = read_sites(
         model,
@@ -156,6 +177,43 @@ def resolve(request: Request, model: nn.Module) -> Resolved:
     )
 
 
+def _resolve_vision(request: Request, model: nn.Module) -> Resolved:
+    """Check a request for the vision towers of a model."""
+    for name in TEXT_ARGUMENTS:
+        if getattr(request, name):
+            raise MethodParameterError(f"{name} is for target='text', got it with 'vision'.")
+    if request.temperature != "rotation":
+        raise MethodParameterError(
+            "temperature='logits' is for target='text'; a vision tower has it in cos and sin."
+        )
+    sites = read_towers(model, request.original_max_position_embeddings)
+    names = tower_axes(sites[0])
+    method = _method(request, named(sites[0].geometry, names))
+    if method.length_dependent:
+        raise MethodParameterError(
+            f"{method.name} follows the length of a request, and a vision tower sees images of all "
+            f"sizes in one; choose a static method for the largest image."
+        )
+    rotations = [
+        AxialRotation(method, site.geometry, site.inv_freq, site.pair_order, names=names)
+        for site in sites
+    ]
+    for site, rotation in zip(sites, rotations, strict=True):
+        _require_finite(site, method, *rotation.within())
+    return Resolved(
+        method=method,
+        sites=sites,
+        rotations=list(rotations),
+        temperature=request.temperature,
+        softmax=[],
+        configs=tower_changes(sites, method, {"target_length": request.target_length}),
+        layout=None,
+        visual=None,
+        axes=names,
+        target="vision",
+    )
+
+
 def advice(resolved: Resolved) -> list[str]:
     """Return what the user should know about a patch that went in."""
     notes = [
@@ -163,6 +221,8 @@ def advice(resolved: Resolved) -> list[str]:
         for site in resolved.sites
         if site.rebuilt
     ]
+    if resolved.target == "vision":
+        return notes
     for config in {id(site.config): site.config for site in resolved.sites}.values():
         site = next(site for site in resolved.sites if site.config is config)
         notes += [
@@ -330,14 +390,18 @@ def _rotation(
         turning=turning,
     )
     frequencies, scaling = rotation.within()
-    if not (torch.isfinite(frequencies).all() and math.isfinite(scaling)):
-        raise MethodParameterError(
-            f"{site.path}: {method!r} gives frequencies that are not finite on {site.geometry!r}."
-        )
+    _require_finite(site, method, frequencies, scaling)
     if method.length_dependent:
         _require_per_request(site, method, temperature)
         rotation.at(torch.ones(1, 1, 1, dtype=torch.float64), frequencies, scaling)
     return rotation
+
+
+def _require_finite(site: RopeSite, method: Method, frequencies: Tensor, scaling: float) -> None:
+    if not (torch.isfinite(frequencies).all() and math.isfinite(scaling)):
+        raise MethodParameterError(
+            f"{site.path}: {method!r} gives frequencies that are not finite on {site.geometry!r}."
+        )
 
 
 def _require_per_request(site: RopeSite, method: Method, temperature: str) -> None:

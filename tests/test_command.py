@@ -117,6 +117,11 @@ def test_plan_takes_grids_of_patches(run, vision_model):
     _, pixels, _ = run("plan", vision_model, "--video", "96x64", "--frames", 10, "--json")
     _, patches, _ = run("plan", vision_model, "--video", "5x4x6", "--json")
 
+    _, faster, _ = run("plan", vision_model, "--video", "5x4x6", "--fps", 4, "--json")
+    _, longer, _ = run("plan", vision_model, "--video", "5x4x6", "--original", 16, "--json")
+
+    assert json.loads(faster)["request"]["largest"]["t"] == 1 + 4 * 2
+    assert json.loads(longer)["request"]["factor"] == (1 + 4 * 4 + 1) / 16
     pixels, patches = json.loads(pixels)["request"], json.loads(patches)["request"]
     assert pixels.pop("assumed")
     assert not patches.pop("assumed")

@@ -65,9 +65,10 @@ def test_the_wheel_has_one_top_level_name_and_the_bundled_model(tmp_path):
 FLOORS = (
     {"errors", "geometry", "heads"},
     {"methods", "layouts"},
-    {"lengths", "families", "parsing", "positions"},
+    {"lengths", "families", "parsing", "positions", "axial"},
     {"rotary", "sites", "visual"},
     {"table", "axes", "temperature", "checkpoint"},
+    {"towers"},
     {"probe"},
     {"rerotation"},
     {"caching"},
