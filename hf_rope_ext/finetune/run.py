@@ -28,6 +28,7 @@ from hf_rope_ext.finetune.recipe import Recipe
 from hf_rope_ext.finetune.sequences import MixedWindows, Sequences, SkipWise, collate
 from hf_rope_ext.finetune.trainer import LongContextTrainer, last_checkpoint
 from hf_rope_ext.parsing import parse_lengths
+from hf_rope_ext.patching import patch_of
 
 RECIPE = "recipe.json"
 
@@ -104,6 +105,7 @@ def finetune(
         if len(stages) > 1 and number < len(stages):
             own.output_dir = str(directory / f"stage-{number}")
         target = patch(model if wrapped is None else wrapped, recipe, factor)
+        _require_one_plan(model)
         if wrapped is None:
             set_seed(training.seed)  # of the adapter's first weights; the Trainer seeds the rest
             wrapped = trainable(model, recipe)
@@ -315,10 +317,27 @@ def _data_seed(training: Any) -> int:
     return int(training.seed if training.data_seed is None else training.data_seed)
 
 
+def _spread() -> bool:
+    """Return whether the launcher spreads each sequence over several devices."""
+    return any(
+        os.environ.get(f"PARALLELISM_CONFIG_{kind}_SIZE", "1") != "1" for kind in ("CP", "SP")
+    )
+
+
+def _require_one_plan(model: nn.Module) -> None:
+    """Refuse a plan that follows the length, where no device knows a sequence's length."""
+    patch = patch_of(model)
+    if patch is not None and patch.resolved.method.length_dependent and _spread():
+        raise RopeError(
+            f"the plan of {patch.resolved.method.name!r} depends on the length of a sequence, "
+            f"which the launcher spreads over several devices (context or sequence parallelism); "
+            f"use a static method, such as yarn."
+        )
+
+
 def _require_whole_sequences(recipe: Recipe) -> None:
     """Refuse techniques that need a sequence on one device, where it is spread over several."""
-    spread = [os.environ.get(f"PARALLELISM_CONFIG_{kind}_SIZE", "1") for kind in ("CP", "SP")]
-    if spread == ["1", "1"]:
+    if not _spread():
         return
     for name in ("pose_length", "shifted_groups", "mixed_windows"):
         if getattr(recipe, name) is not None:
