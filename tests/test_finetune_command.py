@@ -1,8 +1,12 @@
 """The commands, the example and its recipes, quantized weights, and the memory estimate."""
 
+import importlib.machinery
 import json
+import os
 import runpy
+import subprocess
 import sys
+import types
 from pathlib import Path
 
 import pytest
@@ -11,6 +15,7 @@ import yaml
 from accelerate.commands.launch import launch_command_parser
 from conftest import logits, tiny_llama
 from finetuning import recipe, training, write_model, write_text
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from hf_rope_ext import RopeError, load_pretrained, patch_model
@@ -161,6 +166,86 @@ def test_liger_is_named_where_it_is_missing(tmp_path, model, data, monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(RopeError, match="liger-kernel"):
         finetune(recipe(model, data, loss="liger"), training(tmp_path / "out"))
+
+
+@pytest.fixture
+def liger(monkeypatch):
+    """A stand-in for liger-kernel, which needs triton: it knows llama and replaces its forward."""
+    asked = {}
+
+    def llama(
+        rope=True,
+        cross_entropy=False,
+        fused_linear_cross_entropy=True,
+        rms_norm=True,
+        swiglu=True,
+        model=None,
+    ):
+        raise AssertionError
+
+    def apply(model, **kernels):
+        asked.update(kernels)
+        plain = model.forward
+        model.forward = lambda *args, **kwargs: plain(*args, **kwargs)
+
+    spec = importlib.machinery.ModuleSpec("liger_kernel", None)
+    package, part, patches = (types.ModuleType(name) for name in ("liger_kernel", "a", "b"))
+    package.__spec__, part._apply_liger_kernel_to_instance = spec, apply
+    patches.MODEL_TYPE_TO_APPLY_LIGER_FN = {"llama": llama, "paligemma": lambda model=None: None}
+    monkeypatch.setitem(sys.modules, "liger_kernel", package)
+    monkeypatch.setitem(sys.modules, "liger_kernel.transformers", part)
+    monkeypatch.setitem(sys.modules, "liger_kernel.transformers.monkey_patch", patches)
+    monkeypatch.setattr("transformers.integrations.liger.is_liger_kernel_available", lambda: True)
+    return asked
+
+
+def test_liger_is_asked_for_its_loss_and_no_other_kernel(tmp_path, model, data, liger, monkeypatch):
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    finetune(
+        recipe(model, data, loss="liger"),
+        training(tmp_path / "out", max_steps=1, save_strategy="no", eval_strategy="no"),
+    )
+
+    assert {name for name, used in liger.items() if used} == {"fused_linear_cross_entropy"}
+    assert liger["rope"] is False
+
+
+def test_liger_is_refused_where_it_would_do_nothing(tmp_path, model, data, liger, monkeypatch):
+    with pytest.raises(RopeError, match="needs a GPU"):
+        finetune(recipe(model, data, loss="liger"), training(tmp_path / "out"))
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    other = write_model(tmp_path / "other")
+    config = json.loads((other / "config.json").read_text())
+    config |= {"model_type": "helium", "architectures": ["HeliumForCausalLM"], "head_dim": 16}
+    (other / "config.json").write_text(json.dumps(config))
+    with pytest.raises(RopeError, match="no fused loss for 'helium'"):
+        finetune(recipe(other, data, loss="liger"), training(tmp_path / "out"))
+
+
+@pytest.mark.slow
+def test_ligers_own_loss_trains_as_the_chunked_one(tmp_path, model, data):
+    """On CPUs in triton's interpreter, which has to be chosen before triton is imported."""
+    pytest.importorskip("liger_kernel")
+    script = (
+        "import sys; sys.path.insert(0, sys.argv[1])\n"
+        "from pathlib import Path\n"
+        "from finetuning import recipe, training\n"
+        "from hf_rope_ext.finetune import finetune\n"
+        "model, data, out = map(Path, sys.argv[2:])\n"
+        "how = {'max_steps': 2, 'save_strategy': 'no', 'eval_strategy': 'no'}\n"
+        "for loss in ('chunked', 'liger'):\n"
+        "    finetune(recipe(model, data, loss=loss), training(out / loss, **how))\n"
+    )
+    words = [str(Path(__file__).parent), str(model), str(data), str(tmp_path)]
+    environment = {**os.environ, "TRITON_INTERPRET": "1"}
+    subprocess.run([sys.executable, "-c", script, *words], env=environment, check=True)
+    liger, chunked = (
+        load_file(tmp_path / loss / "adapter_model.safetensors") for loss in ("liger", "chunked")
+    )
+
+    assert liger.keys() == chunked.keys()
+    for name, weight in chunked.items():
+        torch.testing.assert_close(liger[name], weight, rtol=1e-3, atol=2e-5, msg=name)
 
 
 def test_the_estimate_counts_weights_and_moments_exactly_and_follows_the_settings():

@@ -1,6 +1,7 @@
 """Run a recipe: data, patched model, training, evaluation, and what is left behind."""
 
 import copy
+import inspect
 import json
 import os
 import sys
@@ -20,7 +21,7 @@ from hf_rope_ext.errors import RopeError
 from hf_rope_ext.finetune.build import load_base, patch, trainable, trained_length
 from hf_rope_ext.finetune.documents import Source, Stream, load_documents, split_stream
 from hf_rope_ext.finetune.evaluation import Evaluation
-from hf_rope_ext.finetune.loss import chunked_loss
+from hf_rope_ext.finetune.loss import causal_model, chunked_loss
 from hf_rope_ext.finetune.memory import MemoryEstimate, estimate_memory, out_of_memory
 from hf_rope_ext.finetune.monitor import CURVE, Journal, Progress, plot_curve
 from hf_rope_ext.finetune.pose import position_skips
@@ -205,7 +206,7 @@ class _Stage:
         arguments.use_cache = False
         arguments.dataloader_pin_memory &= torch.cuda.is_available()
         if self.recipe.loss == "liger":
-            _use_liger(arguments)
+            _use_liger(arguments, self.model)
         length = self.recipe.pose_length or self.length
         each = arguments.per_device_train_batch_size * arguments.gradient_accumulation_steps
         trainer = LongContextTrainer(
@@ -347,19 +348,27 @@ def _require_whole_sequences(recipe: Recipe) -> None:
             )
 
 
-def _use_liger(arguments: Any) -> None:
+def _use_liger(arguments: Any, model: nn.Module) -> None:
+    """Let the Trainer put Liger's fused loss into the model, and none of its other kernels."""
     from importlib.util import find_spec
 
     if find_spec("liger_kernel") is None:
         raise RopeError("loss=liger needs liger-kernel: pip install liger-kernel")
+    if next(model.parameters()).device.type == "cpu" and not os.environ.get("TRITON_INTERPRET"):
+        raise RopeError("loss=liger needs a GPU; use loss=chunked.")
+    from liger_kernel.transformers.monkey_patch import MODEL_TYPE_TO_APPLY_LIGER_FN as FAMILIES
+
+    causal = causal_model(model)
+    apply = FAMILIES.get(causal.config.model_type)
+    switches = dict(inspect.signature(apply).parameters) if apply is not None else {}
+    if "fused_linear_cross_entropy" not in switches:
+        # Liger leaves such a model as it is, with all its logits
+        raise RopeError(
+            f"Liger has no fused loss for {causal.config.model_type!r}; use loss=chunked."
+        )
     arguments.use_liger_kernel = True
-    # only the loss: the rotary embedding is the patch's
     arguments.liger_kernel_config = {
-        "rope": False,
-        "swiglu": False,
-        "rms_norm": False,
-        "cross_entropy": False,
-        "fused_linear_cross_entropy": True,
+        name: name == "fused_linear_cross_entropy" for name in switches if name != "model"
     }
 
 
