@@ -261,3 +261,15 @@ def test_the_estimate_counts_weights_and_moments_exactly_and_follows_the_setting
     assert estimate_memory(model, 1000, offload=True).activations < found.activations
     assert estimate_memory(model, 1000, loss_chunk=None).loss == 1000 / 512 * found.loss
     assert estimate_memory(model, 1000, shards=2).weights == found.weights // 2
+
+
+def test_the_estimate_is_of_the_device_that_trains_not_of_the_one_that_loaded(monkeypatch):
+    model = with_adapter(patch_model(tiny_llama(), "yarn", factor=4))
+    free = {"cpu": 10**6, "cuda": 10**5}
+    monkeypatch.setattr("hf_rope_ext.finetune.memory._free", lambda device: free[device.type])
+
+    here = estimate_memory(model, 1000)
+    there = estimate_memory(model, 1000, device=torch.device("cuda", 0))
+
+    assert here.available == 10**6 + here.weights
+    assert (there.available, there.device, there.total) == (10**5, "cuda:0", here.total)

@@ -251,6 +251,7 @@ class _Stage:
             offload=bool((arguments.activation_checkpointing_kwargs or {}).get("offload")),
             loss_chunk=None if self.recipe.loss == "plain" else self.recipe.loss_chunk,
             shards=arguments.world_size if sharded else 1,
+            device=arguments.device,
         )
 
 
@@ -354,7 +355,7 @@ def _use_liger(arguments: Any, model: nn.Module) -> None:
 
     if find_spec("liger_kernel") is None:
         raise RopeError("loss=liger needs liger-kernel: pip install liger-kernel")
-    if next(model.parameters()).device.type == "cpu" and not os.environ.get("TRITON_INTERPRET"):
+    if arguments.device.type == "cpu" and not os.environ.get("TRITON_INTERPRET"):
         raise RopeError("loss=liger needs a GPU; use loss=chunked.")
     from liger_kernel.transformers.monkey_patch import MODEL_TYPE_TO_APPLY_LIGER_FN as FAMILIES
 
