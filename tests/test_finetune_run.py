@@ -9,15 +9,17 @@ import subprocess
 import sys
 from pathlib import Path
 
+import finetuning
 import pytest
 import torch
+import zoo
 from conftest import TRAINED, logits
 from finetuning import recipe, training, write_model, write_text
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, Trainer
 
 from hf_rope_ext import RopeError, load_pretrained
-from hf_rope_ext.finetune import RememberRope, finetune, parse, with_adapter
+from hf_rope_ext.finetune import RememberRope, finetune, merge_adapter, parse, with_adapter
 from hf_rope_ext.finetune.trainer import last_checkpoint
 from hf_rope_ext.patching import patch_model, patch_of
 
@@ -259,6 +261,27 @@ def test_full_fine_tuning_leaves_a_model_that_stock_loads(tmp_path, model, data,
     torch.testing.assert_close(logits(stock, ids), expected, rtol=1e-4, atol=1e-4)
     found = load_pretrained(tmp_path / "out").eval()
     torch.testing.assert_close(logits(found, ids), expected, rtol=0, atol=0)
+
+
+@pytest.mark.filterwarnings("ignore:Qwen2.5-VL's model card")
+def test_a_vision_language_model_is_tuned_on_text(tmp_path, data, ids):
+    base = tmp_path / "base"
+    write_model(base)  # for its tokenizer
+    model = zoo.build("qwen2_5_vl")
+    model.resize_token_embeddings(finetuning.VOCABULARY, mean_resizing=False)
+    model.save_pretrained(base)
+
+    how = training(tmp_path / "out", max_steps=2)
+    done = finetune(recipe(base, data, method="linear"), how)
+
+    assert done.after["perplexity_128"] < done.before["perplexity_128"]
+    assert not any("visual" in name for name in weights(tmp_path / "out"))
+    expected = logits(done.model.eval(), ids)
+    found = load_pretrained(tmp_path / "out").eval()
+    torch.testing.assert_close(logits(found, ids), expected, rtol=0, atol=0)
+    merge_adapter(tmp_path / "out", tmp_path / "merged")
+    stock = type(model).from_pretrained(tmp_path / "merged").eval()
+    torch.testing.assert_close(logits(stock, ids), expected, rtol=1e-3, atol=1e-3)
 
 
 def test_what_does_not_fit_is_refused_before_it_starts(tmp_path, model, data, monkeypatch):
