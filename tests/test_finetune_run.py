@@ -327,6 +327,11 @@ def test_a_recipe_is_a_file_with_flags_over_it(tmp_path):
         ("", ["--factr", "2"], "Did you mean 'factor'"),
         ("adapter: lroa", [], "adapter must be one of"),
         ("loss: fast", [], "loss must be one of"),
+        ("factor: 0.5", [], r"factor must be at least 1, got 0\.5"),
+        ("sequence_length: 0", [], "sequence_length must be at least 2, got 0"),
+        ("", ["--loss_chunk", "0"], "loss_chunk must be at least 1, got 0"),
+        ("factor: .nan", [], "factor must be at least 1, got nan"),
+        ("lora_dropout: 1", [], r"lora_dropout must be from 0 to below 1, got 1\.0"),
         ("factor: 2\ntarget_length: 8", [], "not both"),
         ("factor_schedule: 4:2,2:2", [], "factors of at least 1 that grow"),
         ("factor_schedule: 4x2", [], "is not factor:steps"),
@@ -345,6 +350,13 @@ def test_a_recipe_without_a_model_or_data_is_refused(tmp_path, model, data):
     for change, match in (({"model": ""}, "no model"), ({"data": ""}, "no data")):
         with pytest.raises(RopeError, match=match):
             finetune(dataclasses.replace(recipe(model, data), **change), training(tmp_path / "o"))
+
+
+def test_where_nothing_can_be_written_nothing_is_started(tmp_path, model, data):
+    with pytest.raises(RopeError, match="nothing can be written to"):
+        finetune(recipe(model, data), training(data / "out"))
+    with pytest.raises(RopeError, match="nothing can be written to"):
+        finetune(recipe(model, data), training(Path("/proc/self/out")))
 
 
 def test_a_base_that_was_saved_patched_is_refused(tmp_path, model, data):

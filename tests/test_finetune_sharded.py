@@ -51,13 +51,12 @@ def test_the_launch_configs_say_what_they_mean_to_accelerate(monkeypatch):
     assert "ACCELERATE_USE_FSDP" not in environment("ddp")
 
 
-SHARDED = """
+LIFTED = """
 import sys
 from pathlib import Path
 sys.path.insert(0, sys.argv[1])
 from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DistributedType
-from torch.distributed.tensor import DTensor
 plain = AcceleratorState.__init__
 def lifted(self, *args, fsdp_plugin=None, **kwargs):
     plain(self, *args, fsdp_plugin=fsdp_plugin, **kwargs)
@@ -67,20 +66,62 @@ def lifted(self, *args, fsdp_plugin=None, **kwargs):
 AcceleratorState.__init__ = lifted
 from hf_rope_ext.finetune import finetune
 from test_finetune_sharded import run
-done = finetune(*run(*map(Path, sys.argv[2:5]), 1, int(sys.argv[5])))
+"""
+
+SHARDED = (
+    LIFTED
+    + """
+from torch.distributed.tensor import DTensor
+done = finetune(*run(*map(Path, sys.argv[2:5]), 1, int(sys.argv[5]), ddp_backend="gloo"))
 weights = list(done.model.parameters())
 assert all(isinstance(weight, DTensor) for weight in weights)
 assert all(weight.to_local().numel() <= weight.numel() // 2 + 64 for weight in weights)
 """
+)
+
+SPREAD = (
+    LIFTED
+    + """
+import torch
+import torch.distributed as dist
+from torch.distributed.tensor.experimental._context_parallel import _attention
+from torch.nn import functional
+local, seen = functional.scaled_dot_product_attention, set()
+class Gather(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, one):
+        parts = [torch.empty_like(one, memory_format=torch.contiguous_format) for _ in range(2)]
+        dist.all_gather(parts, one.contiguous())
+        return torch.cat(parts, dim=2)
+    @staticmethod
+    def backward(ctx, grad):
+        grad = grad.clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(grad)
+        return grad.chunk(2, dim=2)[dist.get_rank()]
+def ring(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, **kwargs):
+    assert is_causal and attn_mask is None
+    seen.add(query.shape[2])
+    # each process holds an early and a late part of the sequence
+    size, half = dist.get_world_size(), query.shape[2] // 2
+    parts = [half * part + torch.arange(half) for part in range(2 * size)]
+    held = [torch.cat((parts[rank], parts[2 * size - 1 - rank])) for rank in range(size)]
+    mask = torch.cat(held) <= held[dist.get_rank()][:, None]
+    return local(query, Gather.apply(key), Gather.apply(value), mask, dropout_p, **kwargs)
+def swap(function):
+    return lambda **kwargs: setattr(functional, "scaled_dot_product_attention", function)
+_attention._enable_context_parallel_dispatcher_impl = swap(ring)
+_attention._disable_context_parallel_dispatcher_impl = swap(local)
+finetune(*run(*map(Path, sys.argv[2:5]), 2, int(sys.argv[5]), ddp_backend="gloo"))
+assert seen == {64}, seen
+"""
+)
 
 
-def run(model, data, out, rows, steps):
-    """Steps of two rows, in one process or one row in each of two; a checkpoint after each two."""
-    how = {"eval_strategy": "no", "max_steps": steps}
-    if rows == 1:
-        how["ddp_backend"] = "gloo"
-    own = recipe(model, data, resume=True, train_norms_and_embeddings=True)
-    return own, training(out, per_device_train_batch_size=rows, save_steps=2, **how)
+def run(model, data, out, rows, steps, **settings):
+    """Steps of two rows, in one process or spread over two; a checkpoint after each two."""
+    how = {"eval_strategy": "no", "max_steps": steps, "save_steps": 2, **settings}
+    own = recipe(model, data, resume=True, train_norms_and_embeddings=True, attention="sdpa")
+    return own, training(out, per_device_train_batch_size=rows, **how)
 
 
 def losses(out):
@@ -123,6 +164,32 @@ def test_sharded_weights_train_and_are_saved_as_whole_ones(tmp_path, ids, monkey
     assert losses(again) == losses(two)
     resumed, straight = (load_file(out / "adapter_model.safetensors") for out in (again, two))
     assert_same(resumed, straight, rtol=0, atol=0)
+
+
+@pytest.mark.slow
+def test_a_sequence_spread_over_two_processes_trains_as_a_whole_one(tmp_path, monkeypatch):
+    """torch's ring attention has no kernel for CPUs, so attention gathers the keys instead.
+
+    What remains is accelerate's, Trainer's and ours: parts of sequences, their positions, their
+    shifted labels, and the loss over all of them.
+    """
+    model, data = write_model(tmp_path / "base"), write_text(tmp_path / "data.jsonl")
+    one, two = tmp_path / "one", tmp_path / "two"
+    with monkeypatch.context() as patch:
+        patch.setattr("hf_rope_ext.finetune.run.plot_curve", lambda history, path: None)
+        finetune(*run(model, data, one, 2, 3))
+    for name, value in environment("context_parallel").items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
+    monkeypatch.setenv("PARALLELISM_CONFIG_CP_SIZE", "2")
+    script = tmp_path / "spread.py"
+    script.write_text(SPREAD)
+
+    launch(script, [HERE, model, data, two, 3])
+
+    assert losses(two) == pytest.approx(losses(one), rel=1e-5)
+    spread, whole = (load_file(out / "adapter_model.safetensors") for out in (two, one))
+    assert_same(spread, whole, rtol=1e-3, atol=2e-5)
 
 
 @pytest.mark.parametrize("method", ["dynamic_yarn", "dynamic"])

@@ -139,9 +139,21 @@ class Recipe:
                 raise RopeError(
                     f"{name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}."
                 )
-        for name, least in (("eval_windows", 1), ("eval_targets", 1), ("eval_passkeys", 0)):
-            if getattr(self, name) < least:
-                raise RopeError(f"{name} must be at least {least}, got {getattr(self, name)!r}.")
+        for name, least in (
+            ("eval_windows", 1),
+            ("eval_targets", 1),
+            ("eval_passkeys", 0),
+            ("factor", 1),
+            ("target_length", 1),
+            ("sequence_length", 2),
+            ("lora_rank", 1),
+            ("loss_chunk", 1),
+        ):
+            value = getattr(self, name)
+            if value is not None and not value >= least:
+                raise RopeError(f"{name} must be at least {least}, got {value!r}.")
+        if not 0 <= self.lora_dropout < 1:
+            raise RopeError(f"lora_dropout must be from 0 to below 1, got {self.lora_dropout!r}.")
         self._require_consistent()
 
     def _require_consistent(self) -> None:

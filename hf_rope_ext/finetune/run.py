@@ -291,6 +291,7 @@ def _settings(recipe: Recipe, training: Any) -> dict[str, Any]:
 def _require_directory(directory: Path, recipe: Recipe, training: Any) -> None:
     """Refuse to write over another run, or to continue it with other settings."""
     path = directory / RECIPE
+    _require_writable(directory)
     if not path.is_file():
         if last_checkpoint(directory) is not None:
             raise RopeError(f"{str(directory)!r} holds checkpoints of something else.")
@@ -308,6 +309,13 @@ def _require_directory(directory: Path, recipe: Recipe, training: Any) -> None:
             + "; ".join(f"{name} was {before.get(name)!r}" for name in differing)
             + "."
         )
+
+
+def _require_writable(directory: Path) -> None:
+    above = next(path for path in (directory, *directory.absolute().parents) if path.exists())
+    # access: no file is made before everything else is checked
+    if not above.is_dir() or not os.access(above, os.W_OK | os.X_OK):
+        raise RopeError(f"output_dir: nothing can be written to {str(directory)!r}.")
 
 
 def _write_recipe(directory: Path, settings: dict[str, Any]) -> None:
