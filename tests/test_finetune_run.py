@@ -94,6 +94,13 @@ def test_activation_checkpointing_changes_nothing(tmp_path, model, data):
     assert_same(weights(tmp_path / "with"), weights(tmp_path / "without"), rtol=0, atol=1e-6)
 
 
+def test_activations_are_not_offloaded_from_where_they_are_already(tmp_path, model, data):
+    how = {"activation_checkpointing": True, "activation_checkpointing_kwargs": {"offload": True}}
+    with pytest.raises(RopeError, match="offload needs a GPU"):
+        finetune(recipe(model, data), training(tmp_path / "out", **how))
+    assert not (tmp_path / "out").exists()
+
+
 def resumable(model, data, out, **settings):
     """A run with everything random in it: dropout in the adapter, and a shuffled order."""
     return (
@@ -330,7 +337,7 @@ def test_a_recipe_is_a_file_with_flags_over_it(tmp_path):
         ("factor: 0.5", [], r"factor must be at least 1, got 0\.5"),
         ("sequence_length: 0", [], "sequence_length must be at least 2, got 0"),
         ("", ["--loss_chunk", "0"], "loss_chunk must be at least 1, got 0"),
-        ("factor: .nan", [], "factor must be at least 1, got nan"),
+        ("factor: .nan", [], "factor: nan is not a float"),
         ("lora_dropout: 1", [], r"lora_dropout must be from 0 to below 1, got 1\.0"),
         ("factor: 2\ntarget_length: 8", [], "not both"),
         ("factor_schedule: 4:2,2:2", [], "factors of at least 1 that grow"),

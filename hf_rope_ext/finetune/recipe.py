@@ -41,7 +41,8 @@ class Recipe:
 
     Args:
         model: Directory or hub id of the base model.
-        data: A text, JSONL or Parquet file, a saved dataset's directory, or a dataset's hub id.
+        data: A text, JSONL or Parquet file, a directory of a saved dataset or of such files, or a
+            dataset's hub id.
         method: What extends the context, with knobs as on the command line (yarn:beta_fast=16).
         factor: Target over trained length.
         target_length: Target length in positions, instead of factor.

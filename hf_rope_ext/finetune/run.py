@@ -87,6 +87,8 @@ def finetune(
         RopeError: If the recipe cannot be served; nothing is written then.
     """
     _require_whole_sequences(recipe)
+    if _offloads(training) and training.device.type == "cpu":
+        raise RopeError("offload needs a GPU: on a CPU activations are in main memory already.")
     tokenizer = _tokenizer(recipe) if tokenizer is None else tokenizer
     directory = Path(training.output_dir)
     _require_directory(directory, recipe, training)
@@ -248,11 +250,15 @@ class _Stage:
             self.model,
             length * arguments.per_device_train_batch_size,
             checkpointing=bool(arguments.activation_checkpointing),
-            offload=bool((arguments.activation_checkpointing_kwargs or {}).get("offload")),
+            offload=_offloads(arguments),
             loss_chunk=None if self.recipe.loss == "plain" else self.recipe.loss_chunk,
             shards=arguments.world_size if sharded else 1,
             device=arguments.device,
         )
+
+
+def _offloads(training: Any) -> bool:
+    return bool((training.activation_checkpointing_kwargs or {}).get("offload"))
 
 
 def _source(recipe: Recipe, data: Any) -> Source:
