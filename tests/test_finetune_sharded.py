@@ -13,15 +13,16 @@ import pytest
 import torch
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from accelerate.utils import FullyShardedDataParallelPlugin, ParallelismConfig
-from accelerate.utils.launch import prepare_multi_gpu_env
-from conftest import logits
-from finetuning import recipe, training, write_model, write_text
+from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu_env
+from conftest import logits, tiny_llama
+from finetuning import byte_tokenizer, recipe, training, write_model, write_text
 from safetensors.torch import load_file
 from test_finetune_run import HERE, assert_same, launch
 
 from hf_rope_ext import RopeError, load_pretrained
 from hf_rope_ext.adapters import ADAPTER_RECORD
 from hf_rope_ext.finetune import finetune
+from hf_rope_ext.finetune.evaluation import Evaluation
 
 CONFIGS = HERE.parent / "examples" / "finetune"
 
@@ -30,7 +31,11 @@ def environment(name):
     """What `accelerate launch` sets for its processes, with a launch config of the examples."""
     words = ["--config_file", str(CONFIGS / f"{name}.yaml"), "--main_process_port", "0", "a.py"]
     arguments, _, _ = _validate_launch_command(launch_command_parser().parse_args(words))
-    found = prepare_multi_gpu_env(arguments)
+    if arguments.use_deepspeed:
+        arguments.deepspeed_fields_from_accelerate_config = ""
+        _, found = prepare_deepspeed_cmd_env(arguments)
+    else:
+        found = prepare_multi_gpu_env(arguments)
     return {name: value for name, value in found.items() if os.environ.get(name) != value}
 
 
@@ -47,6 +52,11 @@ def test_the_launch_configs_say_what_they_mean_to_accelerate(monkeypatch):
             if name == "context_parallel":
                 found = ParallelismConfig()
                 assert (found.cp_size, found.total_size) == (8, 8)
+    with monkeypatch.context() as patch:
+        for key, value in environment("sequence_parallel").items():
+            patch.setenv(key, value)
+        found = ParallelismConfig()
+        assert (found.sp_size, found.sp_backend, found.total_size) == (8, "deepspeed", 8)
     assert environment("ddp")["ACCELERATE_MIXED_PRECISION"] == "bf16"
     assert "ACCELERATE_USE_FSDP" not in environment("ddp")
 
@@ -67,6 +77,22 @@ AcceleratorState.__init__ = lifted
 from hf_rope_ext.finetune import finetune
 from test_finetune_sharded import run
 """
+
+
+def test_the_evaluation_leaves_inference_mode_for_the_model():
+    """Weights that are gathered in that mode cannot be trained with afterwards."""
+    model, seen = tiny_llama(), set()
+    model.register_forward_pre_hook(
+        lambda *args: seen.add((torch.is_inference_mode_enabled(), torch.is_grad_enabled()))
+    )
+    tokens = torch.randint(0, 128, (300,))
+
+    Evaluation.on(tokens, byte_tokenizer(), (64, 128), windows=2, targets=8, passkeys=0).measure(
+        model
+    )
+
+    assert seen == {(False, False)}
+
 
 SHARDED = (
     LIFTED
