@@ -25,7 +25,7 @@ TOKENS, VOCABULARY, CHUNK, BLOCKS = 4096, 32_000, 512, 9
 
 
 def build(adapter: str = "lora") -> Any:
-    """Return a small model with a large vocabulary, patched; with ``"full"`` its head is trained."""
+    """Return a small patched model with a large vocabulary; ``"full"`` trains its head too."""
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=VOCABULARY,

@@ -273,3 +273,25 @@ def test_the_estimate_is_of_the_device_that_trains_not_of_the_one_that_loaded(mo
 
     assert here.available == 10**6 + here.weights
     assert (there.available, there.device, there.total) == (10**5, "cuda:0", here.total)
+
+
+def test_the_docs_numbers_are_those_of_the_committed_results():
+    root = EXAMPLES.parent
+    docs = (root / "docs" / "finetuning.md").read_text(encoding="utf-8")
+    rows = [line.split("|")[3:-1] for line in docs.splitlines() if " ± " in line]
+    found = json.loads((root / "benchmarks" / "results" / "finetune_bundled.json").read_text())
+    assert found["settings"]["seeds"] == 3
+    expected = [
+        (own["before"][name]["mean"], own["after"][name]["mean"], own["after"][name]["stdev"])
+        for own in found["results"].values()
+        for task in ("perplexity", "passkey")
+        for name in (f"{task}_{length}" for length in (512, 1024, 2048, 4096))
+    ]
+
+    cells = [cell for row in rows for cell in row]
+    assert len(cells) == len(expected) == 32
+    for cell, numbers in zip(cells, expected, strict=True):
+        share = 100 if "%" in cell else 1
+        rounding = 0.501 if share == 100 else max(0.00501, 0.0025 * numbers[0])
+        shown = [float(word.strip(" %")) for word in cell.replace("±", "→").split("→")]
+        assert shown == pytest.approx([share * number for number in numbers], abs=rounding)

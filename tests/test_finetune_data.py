@@ -226,6 +226,8 @@ def test_what_cannot_be_read_is_named(tmp_path):
     ):
         with pytest.raises(RopeError, match=match):
             load_documents(Source(str(path), cache=tmp_path / "cache"), byte_tokenizer())
+    with pytest.raises(RopeError, match="cache: cannot make"):
+        load_documents(Source(str(broken), cache=empty / "cache"), byte_tokenizer())
     with pytest.raises(RopeError, match="no column 'text'; it has words"):
         load_documents(Source(Dataset.from_dict({"words": ["a"]})), byte_tokenizer())
     with pytest.raises(RopeError, match="holds int, not text"):

@@ -105,6 +105,11 @@ def load_documents(source: Source, tokenizer: Any) -> Any:
     """
     from datasets.fingerprint import Hasher
 
+    if source.cache is not None:
+        try:
+            source.cache.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise RopeError(f"cache: cannot make {str(source.cache)!r}: {error}") from error
     documents = _open(source)
     _require_column(documents, source)
     if source.chat and not getattr(tokenizer, "chat_template", None):
@@ -113,7 +118,6 @@ def load_documents(source: Source, tokenizer: Any) -> Any:
     fingerprint = Hasher.hash((documents._fingerprint, _identity(tokenizer), what))
     file = None
     if source.cache is not None:
-        source.cache.mkdir(parents=True, exist_ok=True)
         file = str(source.cache / f"tokens-{fingerprint}.arrow")
     rows = documents.map(
         _Tokenise(tokenizer, source),
