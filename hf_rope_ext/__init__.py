@@ -22,6 +22,7 @@ from hf_rope_ext.measuring import RequestLength, request_length
 from hf_rope_ext.methods import available_methods
 from hf_rope_ext.patching import patch_model, patched, unpatch_model
 from hf_rope_ext.positions import VisualPositions, place_visual_tokens
+from hf_rope_ext.sizes import Video, visual_length
 
 __version__ = "0.1.0"
 
@@ -40,6 +41,7 @@ __all__ = [
     "RopeWarning",
     "UnknownMethodError",
     "UnsupportedModelError",
+    "Video",
     "VisualPositions",
     "available_methods",
     "describe",
@@ -53,4 +55,5 @@ __all__ = [
     "request_plan",
     "save_pretrained",
     "unpatch_model",
+    "visual_length",
 ]

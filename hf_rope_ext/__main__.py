@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from hf_rope_ext.errors import RopeError
-from hf_rope_ext.parsing import parse_lengths, parse_methods
+from hf_rope_ext.parsing import parse_lengths, parse_methods, parse_size
 
 app = typer.Typer(
     add_completion=False,
@@ -81,24 +81,71 @@ def inspect(
 
 @app.command()
 def plan(
-    target: Annotated[str, typer.Option(help="Target length: 131072, 128k, or 4x.")],
     model: Model = None,
+    target: Annotated[str | None, typer.Option(help="Target length: 131072, 128k, or 4x.")] = None,
+    image: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Instead of a target, a request: an image of 1280x720 pixels, or a grid of "
+            "1x46x80 patches. Again for another."
+        ),
+    ] = None,
+    images: Annotated[int, typer.Option(min=1, help="How many of each --image.")] = 1,
+    video: Annotated[
+        list[str] | None, typer.Option(help="A video of the request, in the same way.")
+    ] = None,
+    frames: Annotated[
+        int | None, typer.Option(min=1, help="Frames sampled of each --video in pixels.")
+    ] = None,
+    fps: Annotated[float, typer.Option(help="Frames sampled per second.")] = 2.0,
+    text: Annotated[int, typer.Option(min=0, help="Tokens of its text, the answer included.")] = 0,
     methods: Methods = "none,linear,ntk,ntk_by_parts,yarn,llama3,dynamic_yarn",
     original: Original = None,
     number_bytes: Annotated[int, typer.Option(min=1, help="Size of a number in the cache.")] = 2,
     as_json: AsJson = False,
 ) -> None:
-    """Show what reaching a length takes: factor, methods, memory, words for other engines."""
-    from hf_rope_ext.planning import plan_extension, text_site
+    """Show what reaching a length takes: factor, methods, memory, words for other engines.
 
+    The length is a target, or that of a request with images and videos in positions.
+    """
+    from hf_rope_ext.planning import plan_extension, text_site
+    from hf_rope_ext.sizes import Video, visual_length
+
+    asked = bool(image or video or text)
+    if asked == (target is not None):
+        raise RopeError("give either --target, or a request: --image, --video and --text.")
     config = _config(model)
     site = text_site(config, original)
     trained = site.geometry.original_max_position_embeddings
-    (length,) = parse_lengths(target, trained)
+    request = None
+    if target is None:
+        request = visual_length(
+            model or _bundled(),
+            images=[parse_size(one) for one in image or () for _ in range(images)],
+            videos=[Video(parse_size(one), frames, fps) for one in video or ()],
+            text=text,
+        )
+        request = replace(request, trained=trained)
+        length = request.positions
+    else:
+        (length,) = parse_lengths(target, trained)
+    if request is not None and not as_json:
+        out.print(str(request), highlight=False, soft_wrap=True)
+        for words in request.assumed:
+            out.print(f"assumed: {words}", markup=False, highlight=False, soft_wrap=True)
+        if len(set(request.factors.values())) > 1:
+            out.print(f"by axis: factor={json.dumps(request.factors)}", highlight=False)
+    if request is not None and request.factor == 1.0:
+        if as_json:
+            _print_json({"request": request.to_dict()})
+        else:
+            out.print("Within the trained length: nothing needs to be changed.")
+        return
     chosen = parse_methods(methods, max(length / trained, 1.0))
-    found = plan_extension(config, site, length, chosen, number_bytes)
+    tokens = None if request is None else request.tokens
+    found = plan_extension(config, site, length, chosen, number_bytes, tokens)
     if as_json:
-        _print_json(asdict(found))
+        _print_json(asdict(found) | ({} if request is None else {"request": request.to_dict()}))
         return
     out.print(
         f"{trained} -> {length} positions: factor {found.factor:g}. Keys and values of one "
@@ -114,6 +161,8 @@ def plan(
         scales = (f"x {one.attention_scaling:.4g}", f"/ {one.nearest:.4g}")
         table.add_row(label, *map(str, counts), *scales)
     out.print(table)
+    for words in found.advice:
+        out.print(f"note: {words}", markup=False, highlight=False, soft_wrap=True)
     out.print("yarn for other engines:", highlight=False)
     for engine, line in found.exports.items():
         out.print(f"  {engine}: {line}", markup=False, highlight=False, soft_wrap=True)

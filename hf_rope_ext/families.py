@@ -58,6 +58,7 @@ class Family:
             tokens alone do not run it.
         refused: Why the family cannot be served; None where it can.
         advice: From method and geometry to what the vendor says about it, if anything.
+        row_ends: Whether each row of an image ends in a token, and an image in two more.
     """
 
     model_types: tuple[str, ...]
@@ -81,6 +82,7 @@ class Family:
     probe: Callable[[nn.Module], dict[str, Any]] | None = None
     refused: str | None = None
     advice: Callable[[Method, RopeGeometry], str | None] | None = None
+    row_ends: bool = False
 
 
 @dataclass(frozen=True, eq=False)

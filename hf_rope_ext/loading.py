@@ -211,9 +211,10 @@ def _model_class(config: Config) -> Any:
         if hasattr(transformers, name):
             return getattr(transformers, name)
     for auto in (
-        transformers.AutoModelForCausalLM,
+        # first, since some whole configs are also listed with the class of their text model
         transformers.AutoModelForImageTextToText,
         transformers.AutoModelForMultimodalLM,
+        transformers.AutoModelForCausalLM,
         transformers.AutoModelForSeq2SeqLM,
         transformers.AutoModelForMaskedLM,
         transformers.AutoModel,

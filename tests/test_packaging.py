@@ -77,7 +77,7 @@ FLOORS = (
     {"describe", "records", "measuring"},
     {"adapters"},
     {"loading"},
-    {"export"},
+    {"export", "sizes"},
     {"assets", "evals", "planning"},
     {"finetune"},
     {"__init__", "__main__"},
