@@ -104,7 +104,7 @@ def layout(model_type: str, section: list[int], width: int) -> list[tuple[int, i
         height, width_, _ = section
         return [(pair, 1 + pair % 2 if pair < height + width_ else 0) for pair in neighbours]
     chunked = {"qwen2_vl", "qwen2_5_vl", "qwen2_5_omni_thinker", "paddleocr_vl", "glm4v_moe"}
-    glm = {"glm4v", "glm46v", "glm_ocr"}
+    glm = {"glm4v", "glm46v", "glm_ocr", "glmga"}
     if model_type in chunked | glm | {"glm_image"}:
         axis_of = [
             next(axis for axis, end in enumerate(bounds) if pair < end) for pair in range(count)
