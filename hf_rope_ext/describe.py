@@ -8,12 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from hf_rope_ext.advice import advice
 from hf_rope_ext.errors import RopeError, UnsupportedModelError
 from hf_rope_ext.layouts import AXES
 from hf_rope_ext.lengths import request_plan
 from hf_rope_ext.methods import PerAxis, method_record
 from hf_rope_ext.patching import patch_of
-from hf_rope_ext.request import Resolved, advice
+from hf_rope_ext.request import Resolved
 from hf_rope_ext.rotary import ExtendedRotary
 from hf_rope_ext.sites import RopeSite, read_sites
 from hf_rope_ext.temperature import effective_logit_factor

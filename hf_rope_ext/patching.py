@@ -13,6 +13,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from hf_rope_ext import caching, deltas, visual
+from hf_rope_ext.advice import advice
 from hf_rope_ext.errors import (
     AlreadyScaledError,
     NotPatchedError,
@@ -25,7 +26,7 @@ from hf_rope_ext.lengths import RequestPlan
 from hf_rope_ext.methods import Method
 from hf_rope_ext.positions import VisualPositions
 from hf_rope_ext.probe import probe_attention, probe_rotary, probe_towers
-from hf_rope_ext.request import TARGETS, Request, Resolved, advice, resolve
+from hf_rope_ext.request import TARGETS, Request, Resolved, resolve
 from hf_rope_ext.rotary import ExtendedRotary
 from hf_rope_ext.table import ExtendedTable
 from hf_rope_ext.towers import patches_for

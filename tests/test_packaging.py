@@ -73,6 +73,7 @@ FLOORS = (
     {"rerotation"},
     {"caching"},
     {"request", "deltas"},
+    {"advice"},
     {"patching"},
     {"describe", "records", "measuring"},
     {"adapters"},
