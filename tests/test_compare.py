@@ -460,7 +460,7 @@ def test_weighted_averages_of_one_score_are_that_score():
         (("rope_passky",), {}, "unknown task 'rope_passky'. Did you mean 'rope_passkey'"),
         (("rope_ppl:mode=slide",), {}, "mode must be one of"),
         (("rope_ppl:foo=1",), {}, "rope_ppl: got an unexpected keyword argument 'foo'"),
-        (("rope_ppl",), {"text": ""}, "need a text"),
+        (("rope_ppl",), {"text": ""}, "need a long text"),
         (("rope_short",), {"text": "too short"}, "tokens, but a length of"),
         (("rope_kv",), {"lengths": (64,)}, "has no room for the task"),
         (("rope_ruler",), {}, "data must be a local JSON file"),
