@@ -16,7 +16,7 @@ from hf_rope_ext.evals.statistics import by_place
 from hf_rope_ext.evals.tasks.base import Place, fit
 from hf_rope_ext.evals.tasks.frames import Frame, draw_frame
 from hf_rope_ext.evals.tasks.visual_needle import FilmDraft, VisualNeedle
-from hf_rope_ext.evals.text import encode, encode_pair
+from hf_rope_ext.evals.text import encode, encode_pair, require_answer
 from hf_rope_ext.measuring import request_length
 
 
@@ -144,7 +144,8 @@ class FilmMeasure:
 
     def check(self, lengths: tuple[int, ...]) -> None:
         """Raise `RopeError` if a length has no room."""
-        self.draft(Place(min(lengths), self.task.depths[0]))
+        draft = self.draft(Place(min(lengths), self.task.depths[0]))
+        require_answer(self.processor.tokenizer, draft.gold[0], self.name)
 
     def units(self, length: int) -> int:
         """Return how many questions a cell takes."""
