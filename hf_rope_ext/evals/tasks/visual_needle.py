@@ -37,7 +37,7 @@ class FilmDraft(Draft):
 
 @dataclass(frozen=True, kw_only=True)
 class VisualNeedle(DepthTask):
-    """One card with a digit in a run of drawn frames, for models that take images.
+    """A card in one of many drawn frames, for models that take images; in ``_d`` among others.
 
     Args:
         asks: What of the card: its digit, which only reading it tells, or its row or column in
