@@ -17,6 +17,10 @@ from hf_rope_ext.patching import patch_of
 PREFILL = 4096
 """Tokens of a prompt that go through the layers at once where a cache is filled."""
 
+WORTH_KEEPING = 0.125
+"""Share of a row that a shared beginning must be: attention to a cache is masked, not causal, and
+costs up to twice as much."""
+
 Document = dict[str, Any]
 Result = dict[str, float]
 
@@ -83,6 +87,8 @@ class Shared:
     def fill(self, ids: list[int], last: int) -> Tensor:
         """Run a row and return the logits of its last positions, ``(last, vocabulary)``."""
         begun = min(_common(ids, self.ids), len(ids) - last)
+        if begun < WORTH_KEEPING * len(ids):
+            begun = 0
         self.crop(begun)
         device = next(self.model.parameters()).device
         rest = torch.tensor([ids[begun:]], device=device)
