@@ -263,12 +263,13 @@ def compare(
         TimeRemainingColumn,
     )
 
+    from hf_rope_ext.assets import TEXT
     from hf_rope_ext.evals.compare import Comparison
     from hf_rope_ext.evals.compare import compare as run
     from hf_rope_ext.evals.journal import Cell
-    from hf_rope_ext.evals.measures import describe_tasks
+    from hf_rope_ext.evals.measures import describe_tasks, needs_processor
     from hf_rope_ext.evals.text import read_text
-    from hf_rope_ext.loading import load_unpatched
+    from hf_rope_ext.loading import load_processor, load_unpatched
     from hf_rope_ext.planning import text_site
 
     if tasks == "list":
@@ -276,7 +277,7 @@ def compare(
             print(f"{name:28}{what}")
         return
     chosen = parse_methods(methods, factor)
-    words = read_text(text or _bundled_text(model))
+    words = "" if model and not text else read_text(text or TEXT)
     loaded, tokenizer = load_unpatched(model or _bundled(), device=device, dtype=dtype)
     trained = text_site(loaded.config).geometry.original_max_position_embeddings
     comparison = Comparison(
@@ -292,6 +293,7 @@ def compare(
         seed=seed,
         name=Path(model).name if model else "bundled",
         replace=replace,
+        processor=load_processor(model or _bundled()) if needs_processor((tasks,)) else None,
     )
     columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn())
     progress = Progress(*columns, TimeRemainingColumn(), console=Console(stderr=True))
@@ -371,6 +373,8 @@ def finetune_command(
     a flag wins over the file. Without a model the bundled one is tuned. Started again with
     --resume, an interrupted run goes on where it stopped.
     """
+    from hf_rope_ext.assets import TEXT
+
     with _extra("finetune"):
         from hf_rope_ext.finetune.recipe import describe_flags, parse
         from hf_rope_ext.finetune.run import finetune
@@ -385,7 +389,7 @@ def finetune_command(
     config = Path(words[0]) if words and not words[0].startswith("-") else None
     recipe, training = parse(words[config is not None :], config)
     if not recipe.model:
-        recipe = replace(recipe, model=_bundled(), data=recipe.data or str(_bundled_text(None)))
+        recipe = replace(recipe, model=_bundled(), data=recipe.data or str(TEXT))
     done = finetune(recipe, training)
     if not training.should_save:
         return
@@ -435,14 +439,6 @@ def _bundled() -> str:
     from hf_rope_ext.assets import DIRECTORY
 
     return str(DIRECTORY)
-
-
-def _bundled_text(model: str | None) -> Path:
-    from hf_rope_ext.assets import TEXT
-
-    if model is not None:
-        raise RopeError("give --text FILE, a long text to measure the model on.")
-    return TEXT
 
 
 @contextmanager

@@ -96,6 +96,24 @@ def load_unpatched(name_or_path: str | Path, *, device: str, dtype: str) -> tupl
         raise RopeError(f"cannot load {str(name_or_path)!r}: {reason}") from error
 
 
+def load_processor(name_or_path: str | Path) -> Any:
+    """Return the processor of a model that takes images.
+
+    Raises:
+        RopeError: If it has none, or it cannot be loaded.
+    """
+    from transformers import AutoProcessor, ProcessorMixin
+
+    try:
+        found = AutoProcessor.from_pretrained(name_or_path)
+    except (OSError, ValueError, ImportError) as error:
+        reason = " ".join(str(error).split())
+        raise RopeError(f"cannot load a processor from {str(name_or_path)!r}: {reason}") from error
+    if not isinstance(found, ProcessorMixin):
+        raise RopeError(f"{str(name_or_path)!r} has no processor, so it takes no images.")
+    return found
+
+
 def _read_config(
     name_or_path: str | Path, **kwargs: Any
 ) -> tuple[dict[str, Any], dict[str, Any] | None, bool]:
