@@ -3,6 +3,7 @@
 import json
 import random
 import re
+import sys
 import string
 
 import pytest
@@ -383,6 +384,9 @@ def lm_ruler():
     patch.setattr(nltk.data, "find", lambda *_: None)
     for cached in (lexicon._categories, lexicon.adjective_nouns, lexicon.common_words):
         cached.cache_clear()
+    # its modules read the words when they are imported, which another test may have done
+    for name in [name for name in sys.modules if name.startswith("lm_eval.tasks.ruler")]:
+        patch.delitem(sys.modules, name)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         from lm_eval.tasks.ruler import (
