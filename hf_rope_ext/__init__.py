@@ -14,11 +14,13 @@ from hf_rope_ext.errors import (
     UnsupportedModelError,
 )
 from hf_rope_ext.export import Export, export
+from hf_rope_ext.layouts import MRopeLayout
 from hf_rope_ext.lengths import RequestPlan, request_plan
 from hf_rope_ext.loading import load_pretrained, save_pretrained
 from hf_rope_ext.measuring import RequestLength, request_length
 from hf_rope_ext.methods import available_methods
 from hf_rope_ext.patching import patch_model, patched, unpatch_model
+from hf_rope_ext.positions import VisualPositions, place_visual_tokens
 
 __version__ = "0.1.0"
 
@@ -26,6 +28,7 @@ __all__ = [
     "AlreadyScaledError",
     "Export",
     "ExportError",
+    "MRopeLayout",
     "MethodParameterError",
     "NotPatchedError",
     "ProbeError",
@@ -35,12 +38,14 @@ __all__ = [
     "RopeWarning",
     "UnknownMethodError",
     "UnsupportedModelError",
+    "VisualPositions",
     "available_methods",
     "describe",
     "export",
     "load_pretrained",
     "patch_model",
     "patched",
+    "place_visual_tokens",
     "planned",
     "request_length",
     "request_plan",

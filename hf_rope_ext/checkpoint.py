@@ -64,6 +64,7 @@ def config_changes(
     target_length: int | None,
     temperature: str,
     settings: Mapping[str, Any],
+    has_stock_form: bool = True,
 ) -> list[ConfigChange]:
     """Return what the configs of a patched model shall say.
 
@@ -73,6 +74,7 @@ def config_changes(
         target_length: The length asked for, None to go by the method.
         temperature: ``"rotation"`` or ``"logits"``.
         settings: What else the record needs for patching again.
+        has_stock_form: Whether stock code turns the same pairs at the same positions.
     """
     changes = []
     for config in {id(site.config): site.config for site in sites}.values():
@@ -85,7 +87,7 @@ def config_changes(
             attributes["max_position_embeddings"] = length or before
             unscaled["max_position_embeddings"] = before
         if setting(config, "rope_parameters"):
-            attributes |= written(own, method, temperature, attributes)
+            attributes |= written(own, method, temperature, attributes, has_stock_form)
             unscaled["rope_parameters"] = _nested(
                 own, {site.label: unscaled_parameters(site) for site in own}
             )
@@ -102,7 +104,11 @@ def config_changes(
 
 
 def written(
-    sites: Sequence[RopeSite], method: Method, temperature: str, beside: Mapping[str, Any]
+    sites: Sequence[RopeSite],
+    method: Method,
+    temperature: str,
+    beside: Mapping[str, Any],
+    has_stock_form: bool = True,
 ) -> dict[str, Any]:
     """Return the attributes of a patched config that say how it is scaled.
 
@@ -111,8 +117,11 @@ def written(
         method: What extends them.
         temperature: ``"rotation"`` or ``"logits"``.
         beside: Other new attributes of the config.
+        has_stock_form: Whether stock code turns the same pairs at the same positions.
     """
     try:
+        if not has_stock_form:
+            raise ExportError("other pairs, or other positions")
         return stock_attributes(sites, method, temperature, beside)
     except ExportError:
         unscaled = {site.label: unscaled_parameters(site) for site in sites}

@@ -2,17 +2,18 @@
 
 import io
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from hf_rope_ext.errors import RopeError
+from hf_rope_ext.layouts import AXES
 from hf_rope_ext.lengths import request_plan
-from hf_rope_ext.methods import method_record
-from hf_rope_ext.patching import Patch, patch_of
-from hf_rope_ext.request import advice
+from hf_rope_ext.methods import PerAxis, method_record
+from hf_rope_ext.patching import patch_of
+from hf_rope_ext.request import Resolved, advice
 from hf_rope_ext.rotary import ExtendedRotary
 from hf_rope_ext.sites import RopeSite, read_sites
 from hf_rope_ext.temperature import effective_logit_factor
@@ -28,6 +29,7 @@ class SiteDescription:
     Args:
         path: Where the module hangs.
         layer_type: The layer type it serves, None for all.
+        axis: The position axis whose pairs are meant, None for all.
         scaling: The method in force, or the ``rope_type`` of the model's own config.
         base: ``rope_theta`` as trained.
         rotary_dim: Rotated coordinates of a head.
@@ -46,6 +48,7 @@ class SiteDescription:
 
     path: str
     layer_type: str | None
+    axis: str | None
     scaling: str
     base: float
     rotary_dim: int
@@ -71,6 +74,8 @@ class Description:
         method: Name and knobs of the patch in force, None where there is none.
         factor: Its factor, None where it has none.
         max_position_embeddings: Of the text model's config, as generate and lm-eval read it.
+        mrope_layout: The M-RoPE layout in place of the trained one, None where that is used.
+        visual_positions: How visual tokens are placed, None where as the model does it.
         modules: Number of rotary modules concerned.
         sites: Their sets of frequencies.
         notes: What to know about them.
@@ -80,6 +85,8 @@ class Description:
     method: dict[str, Any] | None
     factor: float | None
     max_position_embeddings: int | None
+    mrope_layout: dict[str, Any] | None
+    visual_positions: dict[str, Any] | None
     modules: int
     sites: tuple[SiteDescription, ...]
     notes: tuple[str, ...]
@@ -96,7 +103,9 @@ class Description:
         knobs = {} if self.method is None else dict(self.method)
         title = f"{self.model_type}: {knobs.pop('name', 'not patched')}"
         set_knobs = ", ".join(
-            f"{knob}={value}" for knob, value in knobs.items() if value is not None
+            f"{knob}={value}"
+            for knob, value in knobs.items()
+            if value is not None and knob != "methods"
         )
         table = Table(title=f"{title} {set_knobs}".strip(), title_justify="left")
         for heading in ("path", "scaling", "theta", "rotary/head", "trained", "pairs kept"):
@@ -106,7 +115,7 @@ class Description:
         for site in self.sites:
             slowdown = site.largest_slowdown
             table.add_row(
-                site.path + (f" [{site.layer_type}]" if site.layer_type else ""),
+                " ".join([site.path, *(f"[{one}]" for one in (site.layer_type, site.axis) if one)]),
                 site.scaling,
                 f"{site.base:g}",
                 f"{site.rotary_dim}/{site.head_dim or '?'}",
@@ -121,6 +130,11 @@ class Description:
         console = Console(file=text, width=160, no_color=True)
         console.print(table, markup=False)
         console.print(f"max_position_embeddings {self.max_position_embeddings}", highlight=False)
+        for name in ("mrope_layout", "visual_positions"):
+            settings = getattr(self, name)
+            if settings is not None:
+                words = ", ".join(f"{key}={value!r}" for key, value in settings.items())
+                console.print(f"{name}: {words}", markup=False, highlight=False)
         for note in self.notes:
             console.print(f"- {note}", markup=False, highlight=False)
         return text.getvalue().rstrip()
@@ -145,7 +159,9 @@ def describe(model: nn.Module, request: Any = None) -> Description:
     else:
         sites = patch.resolved.sites
         length = None if request is None else _planned_length(request)
-        entries = [_patched(site, model, patch, length) for site in sites]
+        entries = [
+            entry for site in sites for entry in _patched(site, model, patch.resolved, length)
+        ]
         notes = advice(patch.resolved)
     config = sites[0].config
     method = None if patch is None else method_record(patch.resolved.method)
@@ -154,6 +170,8 @@ def describe(model: nn.Module, request: Any = None) -> Description:
         method=method,
         factor=None if method is None else method.get("factor"),
         max_position_embeddings=getattr(config, "max_position_embeddings", None),
+        mrope_layout=_settings(None if patch is None else patch.resolved.layout),
+        visual_positions=_settings(None if patch is None else patch.resolved.visual),
         modules=len({site.path for site in sites}),
         sites=tuple(entries),
         notes=tuple(notes),
@@ -169,9 +187,18 @@ def _planned_length(request: Any) -> int:
     return math.ceil(plan.lengths.max())
 
 
-def _patched(site: RopeSite, model: nn.Module, patch: Patch, length: int | None) -> SiteDescription:
-    """Describe a patched site by what it computes at a length, else at the far end of the plan."""
-    resolved = patch.resolved
+def _settings(value: Any) -> dict[str, Any] | None:
+    return None if value is None else asdict(value)
+
+
+def _patched(
+    site: RopeSite, model: nn.Module, resolved: Resolved, length: int | None
+) -> list[SiteDescription]:
+    """Describe a patched site by what it computes at a length, else at the far end of the plan.
+
+    Returns:
+        An entry for each axis where each has a method of its own, else one.
+    """
     module = next(
         part
         for part in model.modules()
@@ -184,19 +211,25 @@ def _patched(site: RopeSite, model: nn.Module, patch: Patch, length: int | None)
     live, scaling = module.plan(
         site.label, torch.tensor([[length - 1]], device=next(module.buffers()).device)
     )
-    expected = method.frozen(geometry, length).plan(geometry)
+    frozen = method.frozen(geometry, length)
+    expected = frozen.plan(geometry)
+    sound = _matches(live.squeeze(), replace(rotation, method=frozen).within()[0])
     in_logits = resolved.temperature == "logits"
     intended = float(expected.attention_scaling)
     effective = intended**2 if in_logits else effective_logit_factor(site, float(scaling))
-    return _entry(
-        site,
-        method_record(method)["name"]
-        + (" (follows the request)" if method.length_dependent else ""),
-        live.flatten(),
-        float(scaling),
-        logit_factors=(intended**2, effective),
-        sound=_matches(live.flatten(), rotation.ordered(expected.inv_freq)),
-    )
+    by_axis = dict(method.methods) if isinstance(method, PerAxis) else {None: method}
+    return [
+        _entry(
+            site,
+            method_record(own)["name"] + (" (follows the request)" if own.length_dependent else ""),
+            live,
+            float(scaling),
+            logit_factors=(intended**2, effective),
+            sound=sound,
+            axis=axis,
+        )
+        for axis, own in by_axis.items()
+    ]
 
 
 def _unpatched(site: RopeSite) -> SiteDescription:
@@ -220,20 +253,21 @@ def _entry(
     *,
     logit_factors: tuple[float, float],
     sound: bool,
+    axis: str | None = None,
 ) -> SiteDescription:
-    slowdown = site.inv_freq.double() / live.cpu().double()
-    turning = site.inv_freq > 0
+    slowdown, turning = _slowdown(site, live, axis)
     largest = float(slowdown[turning].max())
     geometry = site.geometry
     return SiteDescription(
         path=site.path,
         layer_type=site.label,
+        axis=axis,
         scaling=scaling_name,
         base=geometry.base,
         rotary_dim=geometry.rotary_dim,
         head_dim=geometry.head_dim,
         original_max_position_embeddings=geometry.original_max_position_embeddings,
-        pairs=geometry.pairs,
+        pairs=turning.numel(),
         untouched_pairs=int((slowdown[turning] - 1).abs().le(SAME).sum() + (~turning).sum()),
         largest_slowdown=largest if math.isfinite(largest) else None,
         attention_scaling=scaling,
@@ -245,5 +279,19 @@ def _entry(
     )
 
 
+def _slowdown(site: RopeSite, live: Tensor, axis: str | None) -> tuple[Tensor, Tensor]:
+    """Return trained over live frequencies, and which pairs turn in training, of an axis or all."""
+    slowdown = site.inv_freq.double() / live.cpu().double().squeeze()
+    turning = (site.inv_freq > 0).expand_as(slowdown)
+    if axis is not None and slowdown.ndim == 1:
+        order = site.pair_order or range(site.geometry.pairs)
+        own = torch.tensor([(site.geometry.axes or ())[pair] == axis for pair in order])
+        return slowdown[own], turning[own]
+    if axis is not None:  # frequencies by axis of a head
+        row = AXES.index(axis)
+        return slowdown[row], turning[row]
+    return slowdown, turning
+
+
 def _matches(live: Tensor, expected: Tensor) -> bool:
-    return torch.allclose(live.cpu().double(), expected, rtol=SAME, atol=0.0)
+    return torch.allclose(live.cpu().double(), expected.double(), rtol=SAME, atol=0.0)

@@ -78,6 +78,11 @@ def export(
     else:
         request = Request.of(method, **arguments)
         resolved = resolve(request, skeleton(model_or_config) if model is None else model)
+    if not resolved.has_stock_form:
+        raise ExportError(
+            f"{to} has no form for mrope_layout and visual_positions; load the model with "
+            f"hf_rope_ext.load_pretrained."
+        )
     site, used = resolved.sites[0], resolved.method
     if frozen is not None:
         used = used.frozen(site.geometry, frozen)

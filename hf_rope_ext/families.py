@@ -35,6 +35,11 @@ class Family:
         unscaled: Last part of the path of rotary modules that are unscaled by design.
         windowed: Labels of rotary parameters that serve only layers with a bounded window, where
             the label itself does not say so.
+        axes: Names of the rows of M-RoPE's positions; time, height and width when not given.
+        next_text: Where the model places text behind an image or a video; see `VisualPositions`.
+            None where it follows none of those rules.
+        frames_apart: Whether videos are cut into single frames with text between them, so that the
+            positions of a block do not differ in time.
         pair_order: From the config to the order in which the family stores its pairs.
         reads_config: Whether the rotary module computes its frequencies in every forward.
         norm_after_rope: Whether queries and keys are normalised after rotation, so that
@@ -60,6 +65,9 @@ class Family:
     base: float | None = None
     unscaled: tuple[str, ...] = ()
     windowed: tuple[str, ...] = ()
+    axes: tuple[str, ...] | None = None
+    next_text: str | None = "spatial"
+    frames_apart: bool = False
     pair_order: Callable[[Config], list[int]] | None = None
     reads_config: bool = False
     norm_after_rope: bool = False

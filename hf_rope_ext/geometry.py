@@ -5,7 +5,7 @@ per position, ``inv_freq[i] = base ** (-2 * i / rotary_dim)``; a small ``i`` is 
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -26,6 +26,8 @@ class RopeGeometry:
         rotated_pairs: Pairs that turn at all; the others have frequency 0 (p-RoPE,
             arXiv:2410.06205). All pairs when not given.
         device: Where its tensors live, the CPU when not given.
+        axes: Name of the position axis that each pair turns by (M-RoPE); None where positions have
+            one axis.
     """
 
     rotary_dim: int
@@ -34,6 +36,7 @@ class RopeGeometry:
     head_dim: int | None = None
     rotated_pairs: int | None = None
     device: torch.device | None = None
+    axes: tuple[str, ...] | None = field(default=None, repr=False)
 
     @property
     def pairs(self) -> int:

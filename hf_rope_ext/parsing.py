@@ -5,7 +5,7 @@ import re
 from typing import Any
 
 from hf_rope_ext.errors import RopeError
-from hf_rope_ext.methods import Method, knobs, make_method, split_name
+from hf_rope_ext.methods import Method, knobs, make_method, make_per_axis, split_name
 
 
 def parse_lengths(text: str, trained: int) -> tuple[int, ...]:
@@ -32,7 +32,8 @@ def parse_methods(text: str, factor: float | None) -> dict[str, Method]:
     """Return methods by label from ``"none,yarn,base:rope_theta=1e6"``.
 
     Args:
-        text: Names with commas between; a name's own knobs follow it, each after a colon.
+        text: Names with commas between; a name's own knobs follow it, each after a colon. On a
+            model with M-RoPE a knob can be given for one axis: ``yarn:factor.t=4``.
         factor: The factor of each method that takes one and does not set its own.
 
     Raises:
@@ -41,12 +42,27 @@ def parse_methods(text: str, factor: float | None) -> dict[str, Method]:
     methods: dict[str, Method] = {}
     for part in text.split(","):
         name, *settings = part.strip().split(":")
-        values = dict(_setting(setting, part) for setting in settings)
+        values = _by_axis(dict(_setting(setting, part) for setting in settings))
         takes_factor = any("factor" in knobs(cls) for cls in split_name(name))
         if factor is not None and takes_factor:
             values.setdefault("factor", factor)
-        methods[part.strip()] = make_method(name, **values)
+        if any(isinstance(value, dict) for value in values.values()):
+            methods[part.strip()] = make_per_axis(name, values)
+        else:
+            methods[part.strip()] = make_method(name, **values)
     return methods
+
+
+def _by_axis(settings: dict[str, Any]) -> dict[str, Any]:
+    """Return settings with those written ``knob.axis`` gathered by knob."""
+    values: dict[str, Any] = {}
+    for name, value in settings.items():
+        knob, dot, axis = name.partition(".")
+        if dot:
+            values.setdefault(knob, {})[axis] = value
+        else:
+            values[knob] = value
+    return values
 
 
 def parse_tasks(text: str) -> list[tuple[str, str, dict[str, Any]]]:

@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from hf_rope_ext import caching
+from hf_rope_ext import caching, visual
 from hf_rope_ext.errors import (
     AlreadyScaledError,
     NotPatchedError,
@@ -20,8 +20,10 @@ from hf_rope_ext.errors import (
     UnsupportedModelError,
 )
 from hf_rope_ext.families import Config
+from hf_rope_ext.layouts import MRopeLayout
 from hf_rope_ext.lengths import RequestPlan
 from hf_rope_ext.methods import Method
+from hf_rope_ext.positions import VisualPositions
 from hf_rope_ext.probe import probe_attention, probe_rotary
 from hf_rope_ext.request import Request, Resolved, advice, resolve
 from hf_rope_ext.rotary import ExtendedRotary
@@ -47,12 +49,15 @@ class ConfigBefore:
 
 def patch_model(
     model: nn.Module,
-    method: str | Method,
+    method: str | Method | Mapping[str, str | Method],
     *,
-    factor: float | None = None,
+    factor: float | Mapping[str, float] | None = None,
     target_length: int | None = None,
     original_max_position_embeddings: int | None = None,
     layer_types: Sequence[str] | None = None,
+    limit_only: bool = False,
+    mrope_layout: str | MRopeLayout | None = None,
+    visual_positions: VisualPositions | None = None,
     temperature: str = "rotation",
     replace: bool = False,
     probe: bool = True,
@@ -68,14 +73,23 @@ def patch_model(
         model: A transformers model or anything around one: PEFT, quantized, dispatched, compiled,
             a vision-language model, whose text model is then meant.
         method: A name from `available_methods`, also with modifiers (``"yarn+resonance"``), or a
-            method object.
+            method object. On a model with M-RoPE also one for each axis, ``{"t": "yarn", "w":
+            "linear"}``; the pairs of other axes then stay as they are.
         factor: Target length over trained length, at least 1. 1 leaves every logit bit-identical
-            (except with ``dynamic``, where ``factor`` means something else).
+            (except with ``dynamic``, where ``factor`` means something else). Like any knob, on a
+            model with M-RoPE also by axis: ``{"t": 4, "h": 1}``.
         target_length: Target length in positions, instead of ``factor``.
         original_max_position_embeddings: The trained length in positions, where the config's
             ``max_position_embeddings`` is not it.
         layer_types: In families with ``rope_parameters`` per layer type, which to extend. When not
             given, those without a bounded attention window.
+        limit_only: Whether the frequencies stay as they are and the length that the config allows
+            is raised alone.
+        mrope_layout: On a model with M-RoPE, which pairs turn by which axis: a name or an
+            `MRopeLayout`, for training and study; the model's own when not given.
+        visual_positions: On a model with M-RoPE, where the tokens of images and videos are placed;
+            as the model does it, or as ``mrope_layout`` has it, when not given. Only positions that
+            the model computes are concerned, not ``position_ids`` passed in.
         temperature: Where a method's temperature goes: ``"rotation"``, into cos and sin as in
             transformers; ``"logits"``, into the attention's softmax scale, which also works where
             only part of a head rotates or queries and keys are normalised after rotation.
@@ -113,6 +127,9 @@ def patch_model(
         target_length=target_length,
         original_max_position_embeddings=original_max_position_embeddings,
         layer_types=layer_types,
+        limit_only=limit_only,
+        mrope_layout=mrope_layout,
+        visual_positions=visual_positions,
         temperature=temperature,
         replace=replace,
         on_growth=on_growth,
@@ -149,7 +166,9 @@ def unpatch_model(model: nn.Module) -> nn.Module:
 
 
 @contextmanager
-def patched(model: nn.Module, method: str | Method, **arguments: Any) -> Iterator[nn.Module]:
+def patched(
+    model: nn.Module, method: str | Method | Mapping[str, str | Method], **arguments: Any
+) -> Iterator[nn.Module]:
     """Patch a model for the duration of a ``with`` block; arguments are `patch_model`'s."""
     patch_model(model, method, **arguments)
     try:
@@ -215,9 +234,16 @@ def _install(model: nn.Module, resolved: Resolved) -> dict[str, ExtendedRotary]:
         softmax.apply()
     if resolved.method.length_dependent and resolved.rotations[0].policy.compat is None:
         caching.install(model, extended)
+    _install_visual(model, resolved)
     for change in resolved.configs:
         patch.configs_before.append(_set_attributes(change.config, change.attributes))
     return extended
+
+
+def _install_visual(model: nn.Module, resolved: Resolved) -> None:
+    if resolved.visual is not None:
+        configs = [site.config for site in resolved.sites]
+        visual.install(model, configs, resolved.visual, resolved.axes)
 
 
 def _uninstall(model: nn.Module, patch: Patch) -> Callable[[], None]:
@@ -238,6 +264,7 @@ def _uninstall(model: nn.Module, patch: Patch) -> Callable[[], None]:
             else:
                 setattr(parent, name, original)
     caching.remove(model)
+    visual.remove(model)
     for softmax in patch.resolved.softmax:
         softmax.revert()
     after = [_restore_attributes(before) for before in patch.configs_before]
@@ -247,6 +274,7 @@ def _uninstall(model: nn.Module, patch: Patch) -> Callable[[], None]:
             setattr(parent, name, module)
         if plans:
             caching.install(model, {module.path: module for _, _, module in removed})
+        _install_visual(model, patch.resolved)
         for softmax in patch.resolved.softmax:
             softmax.apply()
         patch.configs_before = [_set_attributes(config, values) for config, values in after]

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hf_rope_ext.axes import with_axes
 from hf_rope_ext.errors import RopeError
 from hf_rope_ext.export import TARGETS, export
 from hf_rope_ext.families import Config, setting
@@ -104,7 +105,7 @@ def text_site(config: Config, original_max_position_embeddings: int | None = Non
             f"the config does not say what length was trained ({dict(site.found)!r}); give "
             f"original_max_position_embeddings."
         )
-    return site
+    return with_axes(site)
 
 
 def effect(method: Method, geometry: RopeGeometry, target: int) -> Effect:

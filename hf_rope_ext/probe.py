@@ -84,7 +84,7 @@ def _check_angles(path: str, rotary: ExtendedRotary, label: str | None, rotation
     for position in {1, trained - 1, trained, max(last, trained)}:
         position_ids = torch.tensor([[position]], device=next(rotary.buffers()).device)
         frequencies, scaling = rotary.plan(label, position_ids)
-        angles = position * frequencies.reshape(-1).double()
+        angles = position * rotation.used(frequencies).reshape(-1).double()
         expected = (
             angles.cos() * scaling
             if isinstance(scaling, float)

@@ -6,20 +6,22 @@ from typing import Any
 from torch import nn
 
 from hf_rope_ext.errors import RopeError
-from hf_rope_ext.methods import Method, make_method
+from hf_rope_ext.layouts import MRopeLayout
+from hf_rope_ext.methods import Method, method_from_record
 from hf_rope_ext.patching import patch_model
+from hf_rope_ext.positions import VisualPositions
 
 RECORD_VERSION = 1
 
 
 def recorded_method(record: dict[str, Any]) -> Method:
     """Return the method of a record."""
-    values = dict(record["method"])
-    return make_method(values.pop("name"), **values)
+    return method_from_record(record["method"])
 
 
 def restore(model: nn.Module, record: dict[str, Any]) -> nn.Module:
     """Patch a model as a record says."""
+    layout, visual = record.get("mrope_layout"), record.get("visual_positions")
     return patch_model(
         model,
         recorded_method(record),
@@ -28,6 +30,8 @@ def restore(model: nn.Module, record: dict[str, Any]) -> nn.Module:
         layer_types=record.get("layer_types"),
         temperature=record["temperature"],
         replace=True,
+        mrope_layout=None if layout is None else MRopeLayout(**layout),
+        visual_positions=None if visual is None else VisualPositions(**visual),
         **record.get("lengths", {}),
     )
 

@@ -2,12 +2,13 @@
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import nn
 
+from hf_rope_ext.axes import axis_names, with_axes
 from hf_rope_ext.checkpoint import ConfigChange, config_changes
 from hf_rope_ext.errors import (
     AlreadyScaledError,
@@ -15,9 +16,21 @@ from hf_rope_ext.errors import (
     RopeError,
     UnsupportedModelError,
 )
+from hf_rope_ext.families import setting
 from hf_rope_ext.geometry import RopeGeometry
+from hf_rope_ext.layouts import MRopeLayout, Turning
 from hf_rope_ext.lengths import LengthPolicy, RequestPlan
-from hf_rope_ext.methods import Dynamic, Method, knobs, make_method, split_name
+from hf_rope_ext.methods import (
+    Dynamic,
+    Method,
+    NoScaling,
+    PerAxis,
+    knobs,
+    make_method,
+    make_per_axis,
+    split_name,
+)
+from hf_rope_ext.positions import LAYOUT_POSITIONS, VisualPositions
 from hf_rope_ext.rotary import Rotation
 from hf_rope_ext.sites import RopeSite, read_sites, window
 from hf_rope_ext.temperature import SoftmaxChange, effective_logit_factor, softmax_changes
@@ -29,11 +42,14 @@ TEMPERATURES = ("rotation", "logits")
 class Request:
     """The arguments of `patch_model`, as they were given; see there."""
 
-    method: str | Method
-    factor: float | None = None
+    method: str | Method | Mapping[str, str | Method]
+    factor: float | Mapping[str, float] | None = None
     target_length: int | None = None
     original_max_position_embeddings: int | None = None
     layer_types: Sequence[str] | None = None
+    limit_only: bool = False
+    mrope_layout: str | MRopeLayout | None = None
+    visual_positions: VisualPositions | None = None
     temperature: str = "rotation"
     replace: bool = False
     on_growth: str | None = None
@@ -63,6 +79,14 @@ class Resolved:
     temperature: str
     softmax: list[SoftmaxChange]
     configs: list[ConfigChange]
+    layout: MRopeLayout | None
+    visual: VisualPositions | None
+    axes: tuple[str, ...]
+
+    @property
+    def has_stock_form(self) -> bool:
+        """Whether pairs and tokens stand where stock transformers has them, whatever the method."""
+        return self.visual is None and self.layout is None
 
 
 def resolve(request: Request, model: nn.Module) -> Resolved:
@@ -71,7 +95,7 @@ def resolve(request: Request, model: nn.Module) -> Resolved:
     Raises:
         RopeError: If any part of it cannot be served.
     """
-    if not isinstance(request.method, Method):
+    if not isinstance(request.method, Method | Mapping):
         split_name(request.method)
     if request.temperature not in TEMPERATURES:
         raise MethodParameterError(
@@ -90,9 +114,28 @@ def resolve(request: Request, model: nn.Module) -> Resolved:
     )
     for site in sites:
         _require_ready(site, request)
-    method = _method(request, sites[0].geometry)
+    sites = [with_axes(site) for site in sites]
+    layout = _layout(request.mrope_layout)
+    turnings = [_turning(site, layout) for site in sites]
+    changed = layout if any(turnings) else None
+    sites = [_turned(site, turning) for site, turning in zip(sites, turnings, strict=True)]
+    method, target = _method(request, sites[0].geometry), request.target_length
+    if request.limit_only:
+        method, target = NoScaling(), _limit(method, request, sites[0].geometry)
     policy = _policy(request, method)
-    rotations = [_rotation(site, method, request.temperature, policy) for site in sites]
+    rotations = [
+        _rotation(site, method, request.temperature, policy, turning)
+        for site, turning in zip(sites, turnings, strict=True)
+    ]
+    axes = axis_names(sites[0].rotary, sites[0].label)
+    visual = _visual(request.visual_positions, layout, axes)
+    settings = {
+        "target_length": target,
+        "layer_types": None if layer_types is None else list(layer_types),
+        **({"lengths": policy.to_dict()} if method.length_dependent else {}),
+        **({} if changed is None else {"mrope_layout": asdict(changed)}),
+        **({} if visual is None else {"visual_positions": visual.to_dict()}),
+    }
     return Resolved(
         method=method,
         sites=sites,
@@ -102,14 +145,14 @@ def resolve(request: Request, model: nn.Module) -> Resolved:
         configs=config_changes(
             sites,
             method,
-            target_length=request.target_length,
+            target_length=target,
             temperature=request.temperature,
-            settings={
-                "target_length": request.target_length,
-                "layer_types": None if layer_types is None else list(layer_types),
-                **({"lengths": policy.to_dict()} if method.length_dependent else {}),
-            },
+            settings=settings,
+            has_stock_form=changed is None and visual is None,
         ),
+        layout=changed,
+        visual=visual,
+        axes=axes,
     )
 
 
@@ -128,6 +171,8 @@ def advice(resolved: Resolved) -> list[str]:
                 _temperature_advice(site, resolved),
                 _window_advice(site, resolved.method),
                 _dropped_key_advice(site),
+                _layout_advice(resolved),
+                _frames_advice(site, resolved),
                 _vendor_advice(site, resolved.method),
             )
             if note
@@ -135,32 +180,100 @@ def advice(resolved: Resolved) -> list[str]:
     return notes
 
 
+def _layout(given: str | MRopeLayout | None) -> MRopeLayout | None:
+    if given is None or isinstance(given, MRopeLayout):
+        return given
+    return MRopeLayout(given)
+
+
+def _turning(site: RopeSite, layout: MRopeLayout | None) -> Turning | None:
+    """Return a layout on a site, None where that is how the site was trained."""
+    if layout is None:
+        return None
+    axes = site.geometry.axes
+    if axes is None:
+        raise MethodParameterError(
+            f"{site.path}: mrope_layout={layout.name!r} is for models whose pairs each turn by one "
+            f"of several position axes (M-RoPE), as the pairs of this one do not."
+        )
+    config = site.config
+    heads = setting(config, "num_key_value_heads") or setting(config, "num_attention_heads")
+    turning = layout.on(axes, heads)
+    as_trained = Turning(tuple(map(turning.names.index, axes)), turning.names)
+    return None if turning == as_trained else turning
+
+
+def _turned(site: RopeSite, turning: Turning | None) -> RopeSite:
+    """Return a site whose pairs turn by the axes of a layout; one by heads changes no pair."""
+    if turning is None or turning.per_head:
+        return site
+    axes = tuple(turning.names[row] for row in turning.rows)
+    return replace(site, geometry=replace(site.geometry, axes=axes))
+
+
+def _visual(
+    given: VisualPositions | None, layout: MRopeLayout | None, axes: tuple[str, ...]
+) -> VisualPositions | None:
+    """Return where visual tokens are placed: as given, or as a layout means it."""
+    if given is None:
+        return None if layout is None else LAYOUT_POSITIONS.get(layout.name)
+    if not isinstance(given, VisualPositions):
+        raise MethodParameterError(
+            f"visual_positions must be a VisualPositions, got {given!r}: "
+            f"visual_positions=VisualPositions(factor={{'t': 4}})."
+        )
+    if len(axes) < 2:
+        raise MethodParameterError(
+            "visual_positions are for models with M-RoPE; the positions of this one have one axis."
+        )
+    given.factors(axes)
+    return given
+
+
 def _method(request: Request, geometry: RopeGeometry) -> Method:
+    """Return the method with its factor, of each axis where anything is given by axis."""
+    values = {**request.knobs, **({} if request.factor is None else {"factor": request.factor})}
+    if isinstance(request.method, Method) and values:
+        raise MethodParameterError(
+            f"{next(iter(values))} is set on the method object already ({request.method!r}); pass "
+            f"one or the other."
+        )
+    if isinstance(request.method, PerAxis):
+        method = request.method.along(geometry)
+    elif isinstance(request.method, Method):
+        method = request.method
+    elif any(isinstance(value, Mapping) for value in (request.method, *values.values())):
+        method = make_per_axis(request.method, values).along(geometry)
+    else:
+        method = _named_method(request.method, request, geometry)  # type: ignore[arg-type]
+    _require_agreement(method, geometry, request.target_length)
+    return method
+
+
+def _named_method(name: str, request: Request, geometry: RopeGeometry) -> Method:
     """Return the method with its factor, from whichever of the two lengths was given."""
     trained = geometry.original_max_position_embeddings
     target, factor = request.target_length, request.factor
-    if isinstance(request.method, Method):
-        if factor is not None or request.knobs:
-            given = "factor" if factor is not None else next(iter(request.knobs))
-            raise MethodParameterError(
-                f"{given} is set on the method object already ({request.method!r}); pass one or "
-                f"the other."
-            )
-        _require_agreement(request.method, geometry, target)
-        return request.method
     values = dict(request.knobs)
     if factor is not None:
         values["factor"] = factor
-    elif target is not None and _stretches(request.method):
+    elif target is not None and _stretches(name):
         if target < trained:
             raise MethodParameterError(
                 f"target_length={target} is less than the trained length {trained}; there is "
                 f"nothing to extend."
             )
         values["factor"] = target / trained
-    method = make_method(request.method, **values)
-    _require_agreement(method, geometry, target)
-    return method
+    return make_method(name, **values)
+
+
+def _limit(method: Method, request: Request, geometry: RopeGeometry) -> int:
+    target = request.target_length or method.target_length(geometry)
+    if target is None:
+        raise MethodParameterError(
+            "limit_only raises the length alone: give target_length, or a method with a factor."
+        )
+    return target
 
 
 def _stretches(name: str) -> bool:
@@ -199,7 +312,13 @@ def _policy(request: Request, method: Method) -> LengthPolicy:
     return LengthPolicy(**settings)
 
 
-def _rotation(site: RopeSite, method: Method, temperature: str, policy: LengthPolicy) -> Rotation:
+def _rotation(
+    site: RopeSite,
+    method: Method,
+    temperature: str,
+    policy: LengthPolicy,
+    turning: Turning | None,
+) -> Rotation:
     """Return how a site is computed; its plan is made once, so that bad lists are found."""
     rotation = Rotation(
         method=method,
@@ -208,6 +327,7 @@ def _rotation(site: RopeSite, method: Method, temperature: str, policy: LengthPo
         pair_order=site.pair_order,
         scales_rotation=temperature == "rotation",
         policy=policy,
+        turning=turning,
     )
     frequencies, scaling = rotation.within()
     if not (torch.isfinite(frequencies).all() and math.isfinite(scaling)):
@@ -305,6 +425,28 @@ def _dropped_key_advice(site: RopeSite) -> str | None:
     return (
         f"{site.path}: the config's attn_factor={site.found['attn_factor']!r} is dropped; "
         f"transformers never read it. Pass attention_factor to set the temperature."
+    )
+
+
+def _layout_advice(resolved: Resolved) -> str | None:
+    if resolved.layout is None:
+        return None
+    return (
+        f"mrope_layout={resolved.layout.name!r} is not the layout the model was trained with: it "
+        f"has to be trained before it understands an image; text is as it was."
+    )
+
+
+def _frames_advice(site: RopeSite, resolved: Resolved) -> str | None:
+    visual = resolved.visual
+    if visual is None or not site.family.frames_apart or "t" not in resolved.axes:
+        return None
+    if visual.factors(resolved.axes)[resolved.axes.index("t")] == 1.0:
+        return None
+    return (
+        f"model_type={site.config.model_type!r} cuts videos into single frames with timestamps "
+        f"between them, so the factor of 't' moves nothing; sample fewer frames, or scale the "
+        f"frequencies."
     )
 
 

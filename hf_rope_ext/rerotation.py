@@ -124,6 +124,15 @@ def read_layout(model: nn.Module, rotaries: list[ExtendedRotary]) -> KeyLayout:
     Raises:
         RopeError: If its keys do not behave like rotated keys.
     """
+    if any(
+        rotation.turning is not None and rotation.turning.per_head
+        for rotary in rotaries
+        for rotation in rotary.rotations.values()
+    ):
+        raise RopeError(
+            "cached keys of heads with axes of their own cannot be turned to a longer plan; run "
+            "the loop in `planned(max_length)`."
+        )
     reader = _Reader(model, rotaries)
     found: dict[tuple[int, str], Turning] = {}
     try:

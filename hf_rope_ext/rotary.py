@@ -15,7 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hf_rope_ext.geometry import RopeGeometry, Scale
+from hf_rope_ext.geometry import FrequencyPlan, RopeGeometry, Scale
+from hf_rope_ext.heads import PerHead
+from hf_rope_ext.layouts import Turning
 from hf_rope_ext.lengths import RUNNING, LengthPolicy, row_lengths
 from hf_rope_ext.methods import Method
 
@@ -35,6 +37,7 @@ class Rotation:
         pair_order: That order, None for the natural one.
         scales_rotation: Whether the temperature goes into cos and sin.
         policy: How a length-dependent method follows requests.
+        turning: A layout in place of the family's own, None for that.
     """
 
     method: Method
@@ -43,20 +46,22 @@ class Rotation:
     pair_order: list[int] | None = None
     scales_rotation: bool = True
     policy: LengthPolicy = field(default_factory=LengthPolicy)
+    turning: Turning | None = None
 
     def within(self) -> tuple[Tensor, float]:
         """Return the static plan, or a length-dependent one's up to the trained length.
 
         Returns:
-            Frequencies, float32, ``(pairs,)``, and what cos and sin are multiplied by. A pair that
-            the method leaves alone keeps the bits of the stock buffer: float64 rounded to float32
-            can differ from it in the last one.
+            Frequencies, float32, ``(pairs,)`` (``(axes, pairs)`` where heads have axes), and what
+            cos and sin are multiplied by. A pair that the method leaves alone keeps the bits of the
+            stock buffer: float64 rounded to float32 can differ from it in the last one.
         """
-        plan = self.method.plan(self.geometry)
+        plan = self._planned(self.method.plan, self.geometry)
         same = torch.isclose(plan.inv_freq, self.geometry.inv_freq(), rtol=UNCHANGED, atol=0.0)
         frequencies = torch.where(
             self.ordered(same), self.trained, self.ordered(plan.inv_freq).float()
         )
+        frequencies = torch.where(self.ordered(self._rests(plan.inv_freq)), 0.0, frequencies)
         return frequencies, float(plan.attention_scaling) if self.scales_rotation else 1.0
 
     def at(self, lengths: Tensor, inv_freq: Tensor, scaling: float) -> tuple[Tensor, Scale]:
@@ -68,17 +73,49 @@ class Rotation:
             scaling: What `within` returned.
 
         Returns:
-            Frequencies, float32, ``(batch, 1, pairs)``, and a number or ``(batch, 1, 1)``.
+            Frequencies, float32, ``(batch, 1, pairs)`` (with ``axes`` in front where heads have
+            axes), and a number or ``(batch, 1, 1)``.
         """
         trained = self.geometry.original_max_position_embeddings
         lengths = self.policy.rounded(lengths, trained)
-        plan = self.method.plan_at(replace(self.geometry, device=lengths.device), lengths)
+        plan = self._planned(
+            lambda geometry: self.method.plan_at(geometry, lengths),
+            replace(self.geometry, device=lengths.device),
+        )
         beyond = lengths > trained
         within = inv_freq.to(lengths.device)
-        frequencies = torch.where(beyond, self.ordered(plan.inv_freq).float(), within)
+        if within.ndim == 2:
+            within = within[:, None, None]
+        planned = torch.where(self._rests(plan.inv_freq), 0.0, plan.inv_freq)
+        frequencies = torch.where(beyond, self.ordered(planned).float(), within)
         if not isinstance(plan.attention_scaling, Tensor):
             return frequencies, scaling
         return frequencies, torch.where(beyond, plan.attention_scaling, scaling).float()
+
+    def _planned(
+        self, plan: Callable[[RopeGeometry], FrequencyPlan], geometry: RopeGeometry
+    ) -> FrequencyPlan:
+        """Return a plan; where heads have axes, for every axis, as if all pairs turned by it."""
+        if self.turning is None or not self.turning.per_head:
+            return plan(geometry)
+        plans = [
+            plan(replace(geometry, axes=(name,) * geometry.pairs)) for name in self.turning.names
+        ]
+        whole = plan(geometry)
+        return replace(whole, inv_freq=torch.stack([one.inv_freq for one in plans]))
+
+    def _rests(self, inv_freq: Tensor) -> Tensor:
+        """Return whether pairs rest by the layout, ``(pairs,)``."""
+        resting = None if self.turning is None else self.turning.resting
+        if self.turning is None or resting is None:
+            return torch.zeros(inv_freq.shape[-1], dtype=torch.bool, device=inv_freq.device)
+        return torch.tensor([row == resting for row in self.turning.rows], device=inv_freq.device)
+
+    def used(self, inv_freq: Tensor) -> Tensor:
+        """Return frequencies without those of axes that no head turns by."""
+        if self.turning is None or not self.turning.per_head:
+            return inv_freq
+        return inv_freq[sorted(set(self.turning.rows))]
 
     def ordered(self, per_pair: Tensor) -> Tensor:
         """Return values per pair in the order the family stores them."""
@@ -150,6 +187,24 @@ class ExtendedRotary(nn.Module):
         if label not in self.rotations:
             return original(*arguments)
         frequencies, scaling = self.plan(label, position_ids)
+        turning = self.rotations[label].turning
+        if turning is None:
+            return self.laid_out(label, frequencies, scaling, *arguments)
+        assert position_ids is not None  # families with several axes always give them
+        # angles for frequencies, at position 1: the family's code is left with the rest
+        order = self.rotations[label].pair_order
+        angles = turning.angles(position_ids, frequencies.to(position_ids.device), order)
+        still = torch.ones_like(position_ids)
+        if not turning.per_head:
+            return self.laid_out(label, angles, scaling, x, still, *arguments[2:])
+        by_axis = [self.laid_out(label, one, scaling, x, still, *arguments[2:]) for one in angles]
+        return PerHead.of(by_axis, turning.rows)
+
+    def laid_out(
+        self, label: str | None, frequencies: Tensor, scaling: Scale, *arguments: Any
+    ) -> Any:
+        """Return what the family's own code makes of frequencies and the arguments of `forward`."""
+        original = self.__dict__["original"]
         stand_in = _StandIn(original, self, label, frequencies, scaling)
         return type(original).forward(stand_in, *arguments)
 

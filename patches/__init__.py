@@ -16,6 +16,7 @@ from . import (
     speech,
     tencent,
     unscaled,
+    vision,
 )
 
 FAMILIES: tuple[Family, ...] = (
@@ -32,4 +33,5 @@ FAMILIES: tuple[Family, ...] = (
     *speech.FAMILIES,
     *tencent.FAMILIES,
     *unscaled.FAMILIES,
+    *vision.FAMILIES,
 )

@@ -26,7 +26,7 @@ def localisation(method: Method, geometry: RopeGeometry) -> str | None:
     return (
         "Qwen2.5-VL's model card advises against YaRN, which harms temporal and spatial "
         "localisation; for long videos it raises the length alone, since positions grow slower "
-        "than tokens: patch_model(model, 'none', target_length=65536)."
+        "than tokens: limit_only=True does that."
     )
 
 
@@ -48,5 +48,14 @@ def _stretch(method: Method, geometry: RopeGeometry) -> float:
 FAMILIES = (
     Family(model_types=("qwen3", "qwen3_moe"), advice=native_length),
     Family(model_types=("qwen2_5_vl_text",), advice=localisation),
-    Family(model_types=("qwen3_vl_moe_text", "qwen3_vl_text"), advice=slow_positions),
+    Family(model_types=("qwen2_5_omni_thinker", "qwen3_omni_moe_thinker"), next_text="max"),
+    Family(
+        model_types=("qwen3_vl_moe_text", "qwen3_vl_text"),
+        frames_apart=True,
+        advice=slow_positions,
+    ),
+    Family(
+        model_types=("qwen3_5_moe_text", "qwen3_5_text", "qwen4_exp_text"),
+        frames_apart=True,
+    ),
 )

@@ -3,8 +3,11 @@
 from hf_rope_ext.families import Family
 
 FAMILIES = (
+    Family(model_types=("hunyuan_v1_dense", "hunyuan_v1_moe"), norm_after_rope=True),
     Family(
-        model_types=("hunyuan_v1_dense", "hunyuan_v1_moe", "hunyuan_vl", "hunyuan_vl_text"),
+        model_types=("hunyuan_vl", "hunyuan_vl_text"),
         norm_after_rope=True,
+        axes=("position", "w", "h", "image"),
+        next_text="tokens",
     ),
 )

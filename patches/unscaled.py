@@ -2,4 +2,7 @@
 
 from hf_rope_ext.families import Family
 
-FAMILIES = (Family(model_types=("cosmos3_edge_text", "recurrent_gemma"), stock_types=("default",)),)
+FAMILIES = (
+    Family(model_types=("cosmos3_edge_text",), stock_types=("default",), frames_apart=True),
+    Family(model_types=("recurrent_gemma",), stock_types=("default",)),
+)

@@ -63,11 +63,11 @@ def test_the_wheel_has_one_top_level_name_and_the_bundled_model(tmp_path):
 
 
 FLOORS = (
-    {"errors", "geometry"},
-    {"methods"},
-    {"lengths", "families", "parsing"},
-    {"rotary", "sites"},
-    {"table", "temperature", "checkpoint"},
+    {"errors", "geometry", "heads"},
+    {"methods", "layouts"},
+    {"lengths", "families", "parsing", "positions"},
+    {"rotary", "sites", "visual"},
+    {"table", "axes", "temperature", "checkpoint"},
     {"probe"},
     {"rerotation"},
     {"caching"},

@@ -103,11 +103,11 @@ def test_qwen_2_5s_card_is_cited_and_the_length_alone_can_be_raised():
     inputs = zoo.inputs(model)
     before = zoo.run(model, **inputs)
 
-    with pytest.warns(RopeWarning, match=r"advises against YaRN.*'none', target_length"):
+    with pytest.warns(RopeWarning, match="advises against YaRN.*limit_only=True"):
         patch_model(model, "yarn", factor=4)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        patch_model(model, "none", target_length=1000, replace=True)
+        patch_model(model, "yarn", target_length=1000, limit_only=True, replace=True)
 
     assert model.config.text_config.max_position_embeddings == 1000
     assert torch.equal(zoo.run(model, **inputs), before)

@@ -124,6 +124,16 @@ _QUERY_TEMPERATURE = {"llama_4_scaling_beta": 0.1, "original_max_position_embedd
 _SAM = {"downsample_channels": [32, 32]}
 _VQ = {"base_channels": 32, "latent_channels": 32}
 _SHALLOW_CODEC = {"depths": [1] * 7, "num_filters": 2}
+# tokens that `inputs` never draws; `zoo_images` writes prompts with them
+_SEES_IMAGES = {
+    "image_token_id": 6,
+    "video_token_id": 7,
+    "vision_start_token_id": 5,
+    "image_start_token_id": 5,
+    "image_end_token_id": 9,
+    "video_start_token_id": 4,
+    "video_end_token_id": 3,
+}
 
 # parts of another model type than the default: a tower that needs no timm, a decoder with RoPE
 PARTS = {
@@ -324,6 +334,26 @@ OVERRIDES: dict[str, dict[str, Any]] = {
         "router_hidden_size": 32,
     },
     # their vision and audio towers, and the models around them
+    "cohere_compass": _SEES_IMAGES,
+    "cosmos3_edge": _SEES_IMAGES,
+    "cosmos3_omni": _SEES_IMAGES,
+    "ernie4_5_vl_moe": _SEES_IMAGES,
+    "glm46v": _SEES_IMAGES,
+    "glm4v": _SEES_IMAGES,
+    "glm4v_moe": _SEES_IMAGES,
+    "glm_image": _SEES_IMAGES,
+    "glm_image_vqmodel": {"latent_channels": 64},
+    "glm_ocr": _SEES_IMAGES,
+    "hunyuan_vl": _SEES_IMAGES,
+    "minicpmv4_7": {"insert_layer_id": 0, "image_start_id": 5, "image_end_id": 9, **_SEES_IMAGES},
+    "paddleocr_vl": _SEES_IMAGES,
+    "qwen2_5_vl": _SEES_IMAGES,
+    "qwen2_vl": _SEES_IMAGES,
+    "qwen3_5": _SEES_IMAGES,
+    "qwen3_5_moe": _SEES_IMAGES,
+    "qwen3_vl": _SEES_IMAGES,
+    "qwen3_vl_moe": _SEES_IMAGES,
+    "qwen4_exp": _SEES_IMAGES,
     "chameleon": {"vocabulary_map": {"<image>": 4}},
     "chameleon_vqgan": _VQ,
     "clvp_decoder": {"max_position_embeddings": 256, "decoder_fixing_codes": [3, 4, 4, 5]},
@@ -357,13 +387,13 @@ OVERRIDES: dict[str, dict[str, Any]] = {
         "nemo_conv_channels": 16,
     },
     "qwen2_5_omni_bigvgan": {"upsample_initial_channel": 64},
-    "qwen2_5_omni_thinker": {"vision_start_token_id": 5},
+    "qwen2_5_omni_thinker": {"image_token_index": 6, "video_token_index": 7, **_SEES_IMAGES},
     "qwen2_5_omni_talker": {"embedding_size": 64, **_CHUNKED},
     "qwen3_omni_moe": {
         "talker_config": {"spatial_merge_size": 2, "num_code_groups": 4, "thinker_hidden_size": 64},
         "code2wav_config": {"decoder_dim": 64, "num_quantizers": 4},
     },
-    "qwen3_omni_moe_thinker": {"vision_start_token_id": 5},
+    "qwen3_omni_moe_thinker": _SEES_IMAGES,
     "qwen3_omni_moe_talker_text": {"shared_expert_intermediate_size": 32, **_INTERLEAVED},
     "unlimited_ocr_sam_vision_model": _SAM,
     "vibevoice_acoustic_tokenizer": _SHALLOW_CODEC,

@@ -4,6 +4,7 @@ A new method is one file beside these and one line in `METHODS`; it then works o
 """
 
 import difflib
+from collections.abc import Mapping
 from dataclasses import MISSING, fields
 from typing import Any
 
@@ -24,6 +25,7 @@ from hf_rope_ext.methods.ntk import NTK
 from hf_rope_ext.methods.ntk_by_parts import NTKByParts
 from hf_rope_ext.methods.ntk_fixed import NTKFixed
 from hf_rope_ext.methods.ntk_mixed import NTKMixed
+from hf_rope_ext.methods.per_axis import PerAxis
 from hf_rope_ext.methods.proportional import Proportional
 from hf_rope_ext.methods.resonance import Resonance
 from hf_rope_ext.methods.yarn import Yarn
@@ -69,12 +71,15 @@ __all__ = [
     "NTKFixed",
     "NTKMixed",
     "NoScaling",
+    "PerAxis",
     "Proportional",
     "Resonance",
     "Yarn",
     "available_methods",
     "knobs",
     "make_method",
+    "make_per_axis",
+    "method_from_record",
     "method_record",
     "split_name",
 ]
@@ -144,8 +149,64 @@ def make_method(name: str, **values: Any) -> Method:
     return method
 
 
+def make_per_axis(method: Any, values: Mapping[str, Any]) -> PerAxis:
+    """Return the method that stands for values by axis, such as ``factor={"t": 4, "h": 1}``.
+
+    Args:
+        method: A name, a method object, or either by axis.
+        values: Knobs: one value for all axes that have the knob, or a value by axis.
+
+    Raises:
+        UnknownMethodError: If a name is not known.
+        MethodParameterError: If a knob is missing, unknown or out of range.
+    """
+    given = [value for value in (method, *values.values()) if isinstance(value, Mapping)]
+    owners = method if isinstance(method, Mapping) else {axis: method for v in given for axis in v}
+    for name, value in values.items():
+        if isinstance(value, Mapping):
+            missed = [axis for axis in value if axis not in owners]
+            if missed:
+                raise MethodParameterError(
+                    f"{name} is given for axis {missed[0]!r}, which has no method; methods are "
+                    f"given for {', '.join(map(repr, owners))}."
+                )
+        elif not any(name in _axis_knobs(one) for one in owners.values()):
+            raise MethodParameterError(f"no axis has a method with the knob {name!r}.")
+    return PerAxis(tuple((axis, _axis_method(one, axis, values)) for axis, one in owners.items()))
+
+
+def _axis_knobs(method: Any) -> tuple[str, ...]:
+    if isinstance(method, Method):
+        return ()
+    return tuple(knob for cls in split_name(method) for knob in knobs(cls))
+
+
+def _axis_method(method: Any, axis: str, values: Mapping[str, Any]) -> Method:
+    own = {name: value[axis] for name, value in values.items() if _names(value, axis)}
+    if isinstance(method, Method):
+        if own:
+            raise MethodParameterError(
+                f"{next(iter(own))} of axis {axis!r} is set on the method object already "
+                f"({method!r}); pass one or the other."
+            )
+        return method
+    shared = {
+        name: value
+        for name, value in values.items()
+        if not isinstance(value, Mapping) and name in _axis_knobs(method)
+    }
+    return make_method(method, **shared, **own)
+
+
+def _names(value: Any, axis: str) -> bool:
+    return isinstance(value, Mapping) and axis in value
+
+
 def method_record(method: Method) -> dict[str, Any]:
-    """Return a method as plain JSON data: its name and knobs, as `make_method` takes them."""
+    """Return a method as plain JSON data, as `method_from_record` takes it."""
+    if isinstance(method, PerAxis):
+        by_axis = {axis: method_record(one) for axis, one in method.methods}
+        return {"name": method.name, "methods": by_axis}
     own = {
         knob: list(value) if isinstance(value := getattr(method, knob), tuple) else value
         for knob in knobs(type(method))
@@ -154,6 +215,16 @@ def method_record(method: Method) -> dict[str, Any]:
         inner = method_record(method.method)
         return {**inner, **own, "name": f"{inner['name']}+{method.name}"}
     return {"name": method.name, **own}
+
+
+def method_from_record(record: Mapping[str, Any]) -> Method:
+    """Return the method of a record."""
+    values = dict(record)
+    name = values.pop("name")
+    if name != PerAxis.name:
+        return make_method(name, **values)
+    by_axis = values["methods"].items()
+    return PerAxis(tuple((axis, method_from_record(one)) for axis, one in by_axis))
 
 
 def _find(part: str) -> type[Method]:

@@ -1,0 +1,50 @@
+"""Cosines and sines that differ between heads, for code that expects them not to."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+class PerHead(Tensor):
+    """Cosines (or sines) with an axis of key heads, ``(batch, key heads, seq, width)``.
+
+    The families' rotation multiplies ``(batch, heads, seq, head_dim)`` by cosines that were
+    unsqueezed for the heads. These have their heads already, and meet queries, of which several
+    belong to one key head, as well as keys.
+    """
+
+    @classmethod
+    def of(cls, by_axis: Sequence[tuple[Tensor, Tensor]], rows: Sequence[int]) -> tuple[Any, Any]:
+        """Return cosines and sines by head.
+
+        Args:
+            by_axis: Cosines and sines of each axis, ``(batch, seq, width)``.
+            rows: Axis of each key head.
+        """
+        cos, sin = (
+            torch.stack([by_axis[row][part] for row in rows], dim=1).as_subclass(cls)
+            for part in (0, 1)
+        )
+        return cos, sin
+
+    @classmethod
+    def __torch_function__(
+        cls,
+        func: Any,
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        """Keep the heads through reshaping of the last dimension, and meet a query or key."""
+        if func in (torch.unsqueeze, Tensor.unsqueeze):
+            return args[0]
+        if func in (torch.mul, Tensor.mul, Tensor.__mul__, Tensor.__rmul__):
+            one, other = args
+            if isinstance(one, Tensor) and isinstance(other, Tensor):
+                mine, theirs = (one, other) if isinstance(one, cls) else (other, one)
+                groups = theirs.shape[1] // mine.shape[1]
+                plain = mine.as_subclass(Tensor).repeat_interleave(groups, dim=1)
+                return plain * theirs
+        return super().__torch_function__(func, types, args, kwargs or {})  # type: ignore[no-untyped-call]

@@ -1,0 +1,13 @@
+"""Vision-language models: the axes of their positions, and how they place images and videos."""
+
+from hf_rope_ext.families import Family
+
+FAMILIES = (
+    Family(
+        model_types=("cohere_compass_text", "glm4v_moe_text", "glm4v_text", "glm_ocr_text"),
+        frames_apart=True,
+    ),
+    Family(model_types=("glm_image", "minicpmv4_7"), next_text=None),
+    # rows and columns of a page, and no time
+    Family(model_types=("neomme",), axes=("h", "w")),
+)

@@ -1,0 +1,253 @@
+"""M-RoPE layouts of our own, against the definitions in their papers."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+import zoo
+import zoo_images
+from conftest import relative
+
+from hf_rope_ext import (
+    ExportError,
+    MethodParameterError,
+    MRopeLayout,
+    RopeError,
+    RopeWarning,
+    describe,
+    export,
+    load_pretrained,
+    patch_model,
+    unpatch_model,
+)
+from hf_rope_ext.layouts import LAYOUTS
+
+pytestmark = pytest.mark.filterwarnings("ignore::hf_rope_ext.errors.RopeWarning")
+
+NAMES = ["chunked", "interleaved", "videorope", "hope", "mhrope"]
+
+# of 64 pairs (8 key heads for mhrope), as the papers and the official code have them
+OFFICIAL = {
+    "chunked": ((16, 24, 24), "t" * 16 + "h" * 24 + "w" * 24),
+    "interleaved": ((24, 20, 20), "thw" * 20 + "tttt"),
+    # the official code begins with height at pair 0; a known port begins with time
+    "videorope": ((16, 24, 24), "hw" * 24 + "t" * 16),
+    "hope": ((16, 24, 24), "hw" * 24 + "t" * 16),
+    "mhrope": ((2, 3, 3), "tthhhwww"),
+}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_pairs_have_the_axes_of_the_definition(name):
+    section, axes = OFFICIAL[name]
+    assert "".join("thw"[row] for row in LAYOUTS[name](*section)) == axes
+    pairs = axes if name != "mhrope" else "t" * 16 + "h" * 24 + "w" * 24
+    turning = MRopeLayout(name).on(tuple(sorted(pairs, key="thw".index)), heads=8)
+    assert "".join(turning.names[row] for row in turning.rows) == axes
+
+
+def test_sections_may_be_uneven():
+    assert "".join("thw"[row] for row in LAYOUTS["videorope"](1, 3, 1)) == "hwhht"
+    assert "".join("thw"[row] for row in LAYOUTS["interleaved"](1, 2, 1)) == "thwt"
+    assert MRopeLayout("mhrope").on("thhhhhhhw", heads=3).rows == (0, 1, 2)
+
+
+@pytest.mark.parametrize("model_type", ["qwen2_5_vl", "qwen3_vl", "ernie4_5_vl_moe", "qwen3_5"])
+@pytest.mark.parametrize("name", ["chunked", "interleaved", "videorope", "hope"])
+def test_cosines_are_those_of_a_loop_over_pairs(model_type, name):
+    model = zoo.build(model_type)
+    text = model.model.language_model
+    patch_model(model, "ntk", factor=4, mrope_layout=name)
+    rotation = text.rotary_emb.rotations[None]
+    geometry = rotation.geometry
+    counts = {"qwen2_5_vl": (2, 3, 3), "qwen3_vl": (4, 2, 2), "qwen3_5": (2, 1, 1)}
+    rows = LAYOUTS[name](*counts.get(model_type, (2, 3, 3)))
+    positions = torch.tensor([[[3, 70, 200]], [[5, 90, 100]], [[7, 50, 150]]])
+
+    cos, _ = text.rotary_emb(torch.zeros(1, 3, 1), positions)
+
+    base = geometry.base * 4 ** (geometry.rotary_dim / (geometry.rotary_dim - 2))
+    step = 2 if model_type == "ernie4_5_vl_moe" else 1  # it repeats every cosine next to itself
+    for pair, row in enumerate(rows):
+        for token, position in enumerate(positions[row, 0].tolist()):
+            frequency = base ** (-2 * pair / geometry.rotary_dim)
+            if name == "hope" and row == 0:
+                frequency = 0.0
+            angle = torch.tensor(position * frequency, dtype=torch.float64)
+            assert abs(float(cos[0, token, step * pair]) - float(angle.cos())) < 1e-4
+
+
+@pytest.mark.parametrize("method", ["none", "linear", "dynamic_yarn"])
+def test_heads_with_axes_attend_as_a_loop_over_heads_does(method):
+    """Attention weights of the first layer, from its projections, head by head in float64."""
+    torch.manual_seed(0)
+    model = zoo.build("qwen2_5_vl")
+    model.set_attn_implementation("eager")
+    inputs = zoo_images.image_inputs(model, words=20)
+    positions, _ = model.model.get_rope_index(
+        **{name: value for name, value in inputs.items() if not name.startswith("pixel")}
+    )
+    layout = MRopeLayout("mhrope", (0, 1, 1))
+    patch_model(model, method, mrope_layout=layout, **({} if method == "none" else {"factor": 4}))
+    attention = model.model.language_model.layers[0].self_attn
+    seen = {}
+    for name in ("q_proj", "k_proj"):
+        getattr(attention, name).register_forward_hook(
+            lambda module, args, output, name=name: seen.__setitem__(name, output.double())
+        )
+
+    with torch.no_grad():
+        weights = model(**inputs, output_attentions=True).attentions[0][0].double()
+
+    rotation = model.model.language_model.rotary_emb.rotations[None]
+    plan = rotation.method.frozen(rotation.geometry, int(positions.max()) + 1)
+    plan = plan.plan(rotation.geometry)
+    queries, keys = (seen[name][0].unflatten(-1, (-1, 16)) for name in ("q_proj", "k_proj"))
+    length = queries.shape[0]
+    for head in range(4):
+        axis = (1, 2)[head // 2]  # two queries to each of the two key heads
+        angles = positions[axis, 0].double()[:, None] * plan.inv_freq
+        query, key = (
+            turned(one, angles) * plan.attention_scaling
+            for one in (queries[:, head], keys[:, head // 2])
+        )
+        scores = query @ key.T / 4
+        hidden = torch.ones(length, length).triu(1).bool()
+        expected = scores.masked_fill(hidden, -torch.inf).softmax(-1)
+        assert (weights[head] - expected).abs().max() < 1e-5
+
+
+def turned(vectors, angles):
+    """Rotate (i, i + d/2) by the angle of pair i."""
+    one, other = vectors.chunk(2, dim=-1)
+    cos, sin = angles.cos(), angles.sin()
+    return torch.cat((one * cos - other * sin, other * cos + one * sin), dim=-1)
+
+
+@pytest.mark.parametrize("model_type", ["qwen2_5_vl", "qwen3_vl", "glm4v", "ernie4_5_vl_moe"])
+@pytest.mark.parametrize("name", ["chunked", "interleaved", "videorope", "mhrope"])
+def test_text_is_bit_for_bit_as_it_was_and_images_are_not(model_type, name):
+    model = zoo.build(model_type)
+    text, image = zoo.inputs(model), zoo_images.image_inputs(model)
+    before = zoo.run(model, **text), zoo.run(model, **image)
+    own = {"qwen2_5_vl": "chunked", "glm4v": "chunked", "qwen3_vl": "interleaved"}
+    layout = MRopeLayout(name, (0, 1, 1)) if name == "mhrope" else name
+
+    patch_model(model, "none", mrope_layout=layout)
+
+    assert torch.equal(zoo.run(model, **text), before[0])
+    unchanged = torch.equal(zoo.run(model, **image), before[1])
+    if name != "videorope":  # which comes with positions of its own
+        assert unchanged == (name == own.get(model_type))
+    unpatch_model(model)
+    assert torch.equal(zoo.run(model, **image), before[1])
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_it_trains_copies_and_keeps_its_cache(name):
+    model = zoo.build("qwen2_5_vl")
+    model.generation_config.suppress_tokens = zoo_images.SPECIAL
+    inputs = zoo_images.image_inputs(model)
+    layout = MRopeLayout(name, (0, 1, 1)) if name == "mhrope" else name
+    patch_model(model, "yarn", factor={"t": 4}, mrope_layout=layout)
+    expected = zoo.run(model, **inputs)
+
+    for copied in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert torch.equal(zoo.run(copied, **inputs), expected)
+    settings = {"max_new_tokens": 8, "do_sample": False}
+    cached = model.generate(**inputs, **settings)
+    assert torch.equal(cached, model.generate(**inputs, **settings, use_cache=False))
+    model.train()
+    model(**inputs, labels=inputs["input_ids"]).loss.backward()
+    query = model.model.language_model.layers[0].self_attn.q_proj.weight
+    assert query.grad.isfinite().all()
+    assert query.grad.abs().max() > 0
+
+
+def test_saved_it_is_restored_and_a_stock_tool_stops(tmp_path):
+    from transformers import AutoModelForImageTextToText
+
+    model = zoo.build("qwen2_5_vl")
+    inputs = zoo_images.image_inputs(model)
+    patch_model(model, "linear", factor=2, mrope_layout=MRopeLayout("videorope", (4, 2, 2)))
+    expected = zoo.run(model, **inputs)
+
+    model.save_pretrained(tmp_path)
+
+    assert torch.equal(zoo.run(load_pretrained(tmp_path), **inputs), expected)
+    with pytest.raises(KeyError, match="hf_rope_ext"):
+        AutoModelForImageTextToText.from_pretrained(tmp_path)
+    with pytest.raises(ExportError, match="no form for mrope_layout"):
+        export(model, "vllm")
+
+
+def test_describe_and_a_warning_say_that_it_has_to_be_trained():
+    model = zoo.build("qwen2_5_vl")
+    with pytest.warns(RopeWarning, match="'videorope' is not the layout the model was trained"):
+        patch_model(model, "none", mrope_layout="videorope")
+
+    found = describe(model)
+
+    assert found.mrope_layout == {"name": "videorope", "section": None}
+    assert found.visual_positions["placement"] == "diagonal"
+    assert found.sites[0].sound
+    assert "mrope_layout: name='videorope'" in str(found)
+
+
+def test_a_cache_by_heads_cannot_be_turned():
+    model = zoo.build("qwen2_5_vl")
+    layout = MRopeLayout("mhrope", (0, 1, 1))
+    patch_model(model, "dynamic_yarn", factor=4, mrope_layout=layout)
+    ids = torch.randint(10, 128, (1, 100))
+    with torch.no_grad():
+        cache = model(ids[:, :64], use_cache=True).past_key_values
+        with pytest.raises(RopeError, match="heads with axes of their own"):
+            model(ids[:, 64:], past_key_values=cache)
+
+
+WRONG = {
+    "an unknown name": ("spiral", "must be one of 'chunked', 'interleaved'"),
+    "a section that does not sum": (
+        MRopeLayout("interleaved", (2, 2, 2)),
+        r"section \[2, 2, 2\] sums to 6, but the model has 8 pairs",
+    ),
+    "heads that do not sum": (
+        MRopeLayout("mhrope", (2, 3, 3)),
+        r"sums to 8, but the model has 2 key heads",
+    ),
+    "fewer heads than axes": ("mhrope", "2 key heads cannot be shared among 3 axes"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_bad_layouts_are_one_error_and_nothing_changes(case):
+    layout, message = WRONG[case]
+    model = zoo.build("qwen2_5_vl")
+    with pytest.raises(MethodParameterError, match=message):
+        patch_model(model, "none", mrope_layout=layout)
+    assert "ExtendedRotary" not in repr(model)
+
+
+@pytest.mark.parametrize("section", [(1, 2), (1.0, 2, 3), "thw", (1, -1, 2), 3])
+def test_a_section_is_three_whole_numbers(section):
+    with pytest.raises(MethodParameterError, match="three whole numbers"):
+        MRopeLayout("chunked", section)
+
+
+def test_models_with_other_axes_are_refused(llama):
+    for model in (llama, zoo.build("hunyuan_vl")):
+        with pytest.raises(MethodParameterError, match="each turn by one of several"):
+            patch_model(model, "none", mrope_layout="chunked")
+    with pytest.raises(MethodParameterError, match="those of this one turn by h, w"):
+        patch_model(zoo.build("neomme"), "none", mrope_layout="chunked")
+
+
+def test_the_layout_a_model_has_changes_nothing():
+    model = zoo.build("qwen3_vl")
+    inputs = zoo_images.image_inputs(model)
+    patch_model(model, "yarn", factor=2)
+    expected = zoo.run(model, **inputs)
+    patch_model(model, "yarn", factor=2, mrope_layout="interleaved", replace=True)
+    assert relative(zoo.run(model, **inputs), expected) == 0.0
+    assert model.config.text_config.rope_parameters["rope_type"] == "yarn"
