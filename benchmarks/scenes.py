@@ -49,6 +49,9 @@ class Videos:
     def __len__(self) -> int:
         return len(self.glyphs)
 
+    def __getitem__(self, some: slice) -> "Videos":
+        return Videos(self.glyphs[some], self.answers[some])
+
     @property
     def grid(self) -> Tensor:
         """Patches of each video as ``(batch, 3)``: frames, height, width."""
@@ -121,9 +124,7 @@ def draw(glyphs: Tensor, generator: Generator) -> Tensor:
     """Return frames as pixels, ``(batch, frames, 3, height, width)`` bytes."""
     cells = atlas()[glyphs, places(glyphs, generator)]
     batch, frames, rows, columns = glyphs.shape
-    return cells.permute(0, 1, 4, 2, 5, 3, 6).reshape(
-        batch, frames, 3, CELL * rows, CELL * columns
-    )
+    return cells.permute(0, 1, 4, 2, 5, 3, 6).reshape(batch, frames, 3, CELL * rows, CELL * columns)
 
 
 def patches(frames: Tensor) -> Tensor:
@@ -133,7 +134,7 @@ def patches(frames: Tensor) -> Tensor:
         frames: ``(batch, frames, 3, height, width)`` bytes.
 
     Returns:
-        ``(batch * frames * patches, 3 * TEMPORAL * PATCH * PATCH)``, the patches of a cell together.
+        ``(batch * frames * patches, 3 * TEMPORAL * PATCH * PATCH)``, those of a cell together.
     """
     mean, std = (torch.tensor(x).view(3, 1, 1) for x in (OPENAI_CLIP_MEAN, OPENAI_CLIP_STD))
     batch, count, _, height, width = frames.shape
