@@ -17,6 +17,7 @@ Run it as ``python benchmarks/mrope_axes.py --seeds 0,1,2``; needs matplotlib an
 
 import argparse
 import json
+import math
 import statistics
 import tempfile
 import time
@@ -213,23 +214,30 @@ def plot(found: dict[str, Any], path: Path) -> None:
         ("max", "long"),
         ("stock layout", "dense"),
     ]
-    figure = Figure(figsize=(16, 9.5), layout="constrained")
+    figure = Figure(figsize=(16, 9), layout="constrained")
     image: Any = None
-    for panel, (setting, condition) in zip(figure.subplots(2, 3).flat, wanted, strict=True):
+    panels = figure.subplots(2, 3, sharey=True).flat
+    for panel, (setting, condition) in zip(panels, wanted, strict=True):
         ways, sizes = found[setting][condition], SIZES[condition]
         columns = [(axis, str(size)) for axis in scenes.AXES for size in sizes]
-        grid = [[row[size][axis]["mean"] for axis, size in columns] for row in ways.values()]
+        grid = [
+            [ways[way][size][axis]["mean"] if way in ways else math.nan for axis, size in columns]
+            for way in WAYS
+        ]
         image = panel.imshow(grid, vmin=0, vmax=100, cmap="RdYlGn", aspect="auto")
         for y, row in enumerate(grid):
             for x, value in enumerate(row):
-                panel.text(x, y, f"{value:.0f}", ha="center", va="center", fontsize=8)
+                text = "-" if math.isnan(value) else f"{value:.0f}"
+                color = "white" if value < 15 or value > 90 else "black"
+                panel.text(x, y, text, ha="center", va="center", fontsize=9, color=color)
         for axis in range(1, len(scenes.AXES)):
             panel.axvline(axis * len(sizes) - 0.5, color="black")
         panel.set_xticks(range(len(columns)), [f"{axis}\n{size}x" for axis, size in columns])
-        panel.set_yticks(range(len(ways)), list(ways), fontsize=8)
+        panel.set_yticks(range(len(WAYS)), list(WAYS))
         panel.set_title(f"{setting}: {condition}")
     figure.suptitle(
-        f"right answers in %, by what tells them (t, h, w) and size; chance {100 / scenes.CHOICES}"
+        "right answers in % to what time (t), height (h) and width (w) tell, by size over trained; "
+        f"chance {100 / scenes.CHOICES}"
     )
     figure.colorbar(image, ax=figure.axes, shrink=0.5)
     figure.savefig(path, dpi=100)
