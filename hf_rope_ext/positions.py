@@ -88,9 +88,9 @@ class VisualPositions:
                     f"visual_positions: there is no axis {axis!r}; the positions of this model "
                     f"have {', '.join(map(repr, axes))}."
                 )
-        if by_axis:
+        if isinstance(self.factor, Mapping):
             return tuple(float(by_axis.get(axis, 1.0)) for axis in axes)
-        return (float(self.factor),) * len(axes)  # type: ignore[arg-type]
+        return (float(self.factor),) * len(axes)
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain JSON data, as the constructor takes it."""

@@ -111,11 +111,12 @@ def _indexed(model: nn.Module, configs: list[Config]) -> Iterator[tuple[nn.Modul
     for part in model.modules():
         if not hasattr(type(part), INDEX):
             continue
-        if any(own is config for own in text_configs(part.config) for config in configs):
-            next_text = family_of(part.config).next_text
+        whole: Config = part.config
+        if any(own is config for own in text_configs(whole) for config in configs):
+            next_text = family_of(whole).next_text
             if next_text is None:
                 raise UnsupportedModelError(
-                    f"visual_positions on model_type={part.config.model_type!r}: it lays "
+                    f"visual_positions on model_type={whole.model_type!r}: it lays "
                     f"images out by another rule than blocks with text behind. Nothing was changed."
                 )
             yield part, next_text

@@ -1,5 +1,6 @@
 """A factor, a knob or a method for each axis of M-RoPE."""
 
+import math
 import warnings
 
 import pytest
@@ -192,6 +193,18 @@ def test_cached_generation_agrees_where_one_axis_follows_the_request(method, tmp
     model.save_pretrained(tmp_path)
     restored = load_pretrained(tmp_path)
     assert relative(zoo.run(restored, **inputs), zoo.run(model, **inputs)) == 0.0
+
+
+@pytest.mark.parametrize("dynamic", ["h", "t"])
+def test_the_largest_temperature_counts_at_every_length(dynamic):
+    model = zoo.build("qwen2_5_vl")
+    static = {"h": "t", "t": "h"}[dynamic]
+    patch_model(model, {dynamic: "dynamic_yarn", static: "yarn"}, factor={dynamic: 8, static: 2})
+    rotary = model.model.language_model.rotary_emb
+
+    for length, largest in ((64, 2.0), (96, 2.0), (256, 4.0)):
+        _, scaling = rotary.plan(None, torch.tensor([[length - 1]]))
+        assert float(scaling) == pytest.approx(0.1 * math.log(largest) + 1)
 
 
 def test_a_loop_that_outgrows_its_plan_turns_the_keys_of_one_axis():

@@ -50,6 +50,7 @@ def test_pairs_have_the_axes_of_the_definition(name):
 def test_sections_may_be_uneven():
     assert "".join("thw"[row] for row in LAYOUTS["videorope"](1, 3, 1)) == "hwhht"
     assert "".join("thw"[row] for row in LAYOUTS["interleaved"](1, 2, 1)) == "thwt"
+    assert "".join("thw"[row] for row in LAYOUTS["interleaved"](4, 2, 1)) == "thwthtt"
     assert MRopeLayout("mhrope").on("thhhhhhhw", heads=3).rows == (0, 1, 2)
 
 
@@ -78,7 +79,17 @@ def test_cosines_are_those_of_a_loop_over_pairs(model_type, name):
             assert abs(float(cos[0, token, step * pair]) - float(angle.cos())) < 1e-4
 
 
-@pytest.mark.parametrize("method", ["none", "linear", "dynamic_yarn"])
+def test_the_time_of_hope_rests_at_every_length():
+    model = zoo.build("qwen3_vl")
+    patch_model(model, "dynamic_yarn", factor=4, mrope_layout="hope")
+    for length in (10, 1000):
+        frequencies, _ = model.model.language_model.rotary_emb.plan(
+            None, torch.tensor([[length - 1]])
+        )
+        assert (frequencies.flatten() == 0).tolist() == [False] * 4 + [True] * 4
+
+
+@pytest.mark.parametrize("method", ["none", "linear", "linear by axis", "dynamic_yarn"])
 def test_heads_with_axes_attend_as_a_loop_over_heads_does(method):
     """Attention weights of the first layer, from its projections, head by head in float64."""
     torch.manual_seed(0)
@@ -89,7 +100,9 @@ def test_heads_with_axes_attend_as_a_loop_over_heads_does(method):
         **{name: value for name, value in inputs.items() if not name.startswith("pixel")}
     )
     layout = MRopeLayout("mhrope", (0, 1, 1))
-    patch_model(model, method, mrope_layout=layout, **({} if method == "none" else {"factor": 4}))
+    factors = {"h": 1.0, "w": 4.0} if method == "linear by axis" else {"h": 4.0, "w": 4.0}
+    factor = {"none": None, "linear by axis": factors}.get(method, 4.0)
+    patch_model(model, method.split()[0], factor=factor, mrope_layout=layout)
     attention = model.model.language_model.layers[0].self_attn
     seen = {}
     for name in ("q_proj", "k_proj"):
@@ -103,11 +116,15 @@ def test_heads_with_axes_attend_as_a_loop_over_heads_does(method):
     rotation = model.model.language_model.rotary_emb.rotations[None]
     plan = rotation.method.frozen(rotation.geometry, int(positions.max()) + 1)
     plan = plan.plan(rotation.geometry)
+    trained = rotation.geometry.inv_freq()
     queries, keys = (seen[name][0].unflatten(-1, (-1, 16)) for name in ("q_proj", "k_proj"))
     length = queries.shape[0]
     for head in range(4):
         axis = (1, 2)[head // 2]  # two queries to each of the two key heads
-        angles = positions[axis, 0].double()[:, None] * plan.inv_freq
+        frequencies = plan.inv_freq
+        if method == "linear by axis":
+            frequencies = trained / factors["thw"[axis]]
+        angles = positions[axis, 0].double()[:, None] * frequencies
         query, key = (
             turned(one, angles) * plan.attention_scaling
             for one in (queries[:, head], keys[:, head // 2])

@@ -108,6 +108,13 @@ def test_plain_division_and_steps_of_several_positions():
     assert [place[0] for place in placed(positions, kinds, centred)] == [0, 1, 1, 3, 5, 3]
 
 
+def test_text_behind_steps_of_several_positions():
+    """3 frames, twice as many as trained, are 1.5 trained ones: the last is at 1.5 * 4 - 4 = 2."""
+    video = stock_positions(2, (3, 1, 1), 1, step=4, next_text="max")
+    rule = VisualPositions(factor={"t": 2})
+    assert placed(*video, rule, next_text="max")[-1] == [2 + 2 + 1] * 3
+
+
 def test_videorope_is_diagonal():
     """t = c + 2 k, h = t + row - floor((H - 1) / 2), text behind the last t (arXiv:2502.05173)."""
     grid = frames, rows, columns = 3, 4, 5
