@@ -31,6 +31,7 @@ import reader
 import scenes
 import torch
 from matplotlib.figure import Figure
+from PIL import Image
 from reader import Recipe
 from recording import RESULTS, record
 from scenes import Videos
@@ -243,6 +244,15 @@ def plot(found: dict[str, Any], path: Path) -> None:
     figure.savefig(path, dpi=100)
 
 
+def picture(path: Path) -> None:
+    """Draw the frames of one video, side by side."""
+    generator = Generator().manual_seed(3)
+    frames = scenes.draw(scenes.videos(generator, 1).glyphs, generator)[0]
+    strip = torch.cat(list(nn.functional.pad(frames, (2, 2, 2, 2), value=128)), -1)
+    image = Image.fromarray(strip.permute(1, 2, 0).numpy())
+    image.resize((3 * image.width, 3 * image.height), Image.Resampling.NEAREST).save(path)
+
+
 def main() -> None:
     """Measure everything, keeping what is done, and write the result."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -272,6 +282,7 @@ def main() -> None:
         },
     }
     plot(results["accuracy"], RESULTS / "mrope_axes.png")
+    picture(RESULTS / "mrope_axes_video.png")
     print(
         record(
             "mrope_axes",

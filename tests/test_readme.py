@@ -129,3 +129,22 @@ def tuning_rows():
 def test_fine_tuning_gives_what_the_readme_says():
     for row in tuning_rows():
         assert row in README
+
+
+def axis_rows():
+    found = result("mrope_axes")["accuracy"]
+    wanted = [("spatial", "dense"), ("max", "dense"), ("spatial", "long"), ("spatial", "large")]
+    tables = [found[setting][condition] for setting, condition in wanted]
+    for way, kept in {**found["spatial"]["kept"], "frame times": None}.items():
+        cells = [table[way]["4"] if way in table else None for table in tables]
+        cells.append(kept and kept["1"])
+        shown = [
+            " / ".join(f"{share['mean']:.0f}" for share in cell.values()) if cell else ""
+            for cell in cells
+        ]
+        yield f"| {way} | {' | '.join(shown)} |"
+
+
+def test_scaling_by_axis_gives_what_the_readme_says():
+    for row in axis_rows():
+        assert row in README
