@@ -200,9 +200,9 @@ def over_seeds(runs: list[Any]) -> Any:
     """Return mean and standard deviation of nested shares, in per cent."""
     if isinstance(runs[0], dict):
         return {key: over_seeds([one[key] for one in runs]) for key in runs[0]}
-    values = [100 * value for value in runs]
+    values = [round(100 * value, 2) for value in runs]
     spread = statistics.stdev(values) if len(values) > 1 else 0.0
-    return {"mean": statistics.fmean(values), "stdev": spread, "runs": values}
+    return {"mean": round(statistics.fmean(values), 2), "stdev": round(spread, 2), "runs": values}
 
 
 def plot(found: dict[str, Any], path: Path) -> None:
@@ -281,8 +281,6 @@ def main() -> None:
             name: [one["processor seconds"] for one in runs[name]] for name in runs
         },
     }
-    plot(results["accuracy"], RESULTS / "mrope_axes.png")
-    picture(RESULTS / "mrope_axes_video.png")
     print(
         record(
             "mrope_axes",
@@ -294,6 +292,8 @@ def main() -> None:
             settings={name: asdict(setting) for name, setting in SETTINGS.items()},
         )
     )
+    plot(results["accuracy"], RESULTS / "mrope_axes.png")
+    picture(RESULTS / "mrope_axes_video.png")
 
 
 if __name__ == "__main__":
