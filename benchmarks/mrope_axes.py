@@ -76,7 +76,7 @@ SETTINGS = {
 whole turns of a pair. Theta is low where the layout leaves height and width slow pairs alone."""
 
 SHORT = {"beta_fast": 1.0, "beta_slow": 0.25}
-"""YaRN's bounds for a length this short: by its own, 32 and 1, all pairs but the first are slow."""
+"""YaRN's bounds for a length this short: by its own, 32 and 1, nearly all pairs are slow."""
 
 WAYS: dict[str, tuple[str, str, dict[str, float]]] = {
     "none": ("none", "", {}),
