@@ -150,11 +150,6 @@ def time_by_size(found, condition, way):
     return " / ".join(f"{sizes[size]['t']['mean']:.0f}" for size in ("2", "4", "8"))
 
 
-def time_by_size(found, condition, way):
-    sizes = found["spatial"][condition][way]
-    return " / ".join(f"{sizes[size]['t']['mean']:.0f}" for size in ("2", "4", "8"))
-
-
 def test_scaling_by_axis_gives_what_the_readme_says():
     found = result("mrope_axes")["accuracy"]
     centred, plain, none, ntk = (
