@@ -1,5 +1,6 @@
 """Extend the context of RoPE models: exact, reversible, and saved so that stock tools load it."""
 
+from hf_rope_ext.axial import AxialRope
 from hf_rope_ext.caching import planned
 from hf_rope_ext.describe import describe
 from hf_rope_ext.errors import (
@@ -21,11 +22,13 @@ from hf_rope_ext.measuring import RequestLength, request_length
 from hf_rope_ext.methods import available_methods
 from hf_rope_ext.patching import patch_model, patched, unpatch_model
 from hf_rope_ext.positions import VisualPositions, place_visual_tokens
+from hf_rope_ext.sizes import Video, visual_length
 
 __version__ = "0.1.0"
 
 __all__ = [
     "AlreadyScaledError",
+    "AxialRope",
     "Export",
     "ExportError",
     "MRopeLayout",
@@ -38,6 +41,7 @@ __all__ = [
     "RopeWarning",
     "UnknownMethodError",
     "UnsupportedModelError",
+    "Video",
     "VisualPositions",
     "available_methods",
     "describe",
@@ -51,4 +55,5 @@ __all__ = [
     "request_plan",
     "save_pretrained",
     "unpatch_model",
+    "visual_length",
 ]

@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from hf_rope_ext.errors import RopeError
-from hf_rope_ext.parsing import parse_lengths, parse_methods
+from hf_rope_ext.parsing import parse_lengths, parse_methods, parse_size
 
 app = typer.Typer(
     add_completion=False,
@@ -81,24 +81,71 @@ def inspect(
 
 @app.command()
 def plan(
-    target: Annotated[str, typer.Option(help="Target length: 131072, 128k, or 4x.")],
     model: Model = None,
+    target: Annotated[str | None, typer.Option(help="Target length: 131072, 128k, or 4x.")] = None,
+    image: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Instead of a target, a request: an image of 1280x720 pixels, or a grid of "
+            "1x46x80 patches. Again for another."
+        ),
+    ] = None,
+    images: Annotated[int, typer.Option(min=1, help="How many of each --image.")] = 1,
+    video: Annotated[
+        list[str] | None, typer.Option(help="A video of the request, in the same way.")
+    ] = None,
+    frames: Annotated[
+        int | None, typer.Option(min=1, help="Frames sampled of each --video in pixels.")
+    ] = None,
+    fps: Annotated[float, typer.Option(help="Frames sampled per second.")] = 2.0,
+    text: Annotated[int, typer.Option(min=0, help="Tokens of its text, the answer included.")] = 0,
     methods: Methods = "none,linear,ntk,ntk_by_parts,yarn,llama3,dynamic_yarn",
     original: Original = None,
     number_bytes: Annotated[int, typer.Option(min=1, help="Size of a number in the cache.")] = 2,
     as_json: AsJson = False,
 ) -> None:
-    """Show what reaching a length takes: factor, methods, memory, words for other engines."""
-    from hf_rope_ext.planning import plan_extension, text_site
+    """Show what reaching a length takes: factor, methods, memory, words for other engines.
 
+    The length is a target, or that of a request with images and videos in positions.
+    """
+    from hf_rope_ext.planning import plan_extension, text_site
+    from hf_rope_ext.sizes import Video, visual_length
+
+    asked = bool(image or video or text)
+    if asked == (target is not None):
+        raise RopeError("give either --target, or a request: --image, --video and --text.")
     config = _config(model)
     site = text_site(config, original)
     trained = site.geometry.original_max_position_embeddings
-    (length,) = parse_lengths(target, trained)
+    request = None
+    if target is None:
+        request = visual_length(
+            model or _bundled(),
+            images=[parse_size(one) for one in image or () for _ in range(images)],
+            videos=[Video(parse_size(one), frames, fps) for one in video or ()],
+            text=text,
+        )
+        request = replace(request, trained=trained)
+        length = request.positions
+    else:
+        (length,) = parse_lengths(target, trained)
+    if request is not None and not as_json:
+        out.print(str(request), highlight=False, soft_wrap=True)
+        for words in request.assumed:
+            out.print(f"assumed: {words}", markup=False, highlight=False, soft_wrap=True)
+        if len(set(request.factors.values())) > 1:
+            out.print(f"by axis: factor={json.dumps(request.factors)}", highlight=False)
+    if request is not None and request.factor == 1.0:
+        if as_json:
+            _print_json({"request": request.to_dict()})
+        else:
+            out.print("Within the trained length: nothing needs to be changed.")
+        return
     chosen = parse_methods(methods, max(length / trained, 1.0))
-    found = plan_extension(config, site, length, chosen, number_bytes)
+    tokens = None if request is None else request.tokens
+    found = plan_extension(config, site, length, chosen, number_bytes, tokens)
     if as_json:
-        _print_json(asdict(found))
+        _print_json(asdict(found) | ({} if request is None else {"request": request.to_dict()}))
         return
     out.print(
         f"{trained} -> {length} positions: factor {found.factor:g}. Keys and values of one "
@@ -114,6 +161,8 @@ def plan(
         scales = (f"x {one.attention_scaling:.4g}", f"/ {one.nearest:.4g}")
         table.add_row(label, *map(str, counts), *scales)
     out.print(table)
+    for words in found.advice:
+        out.print(f"note: {words}", markup=False, highlight=False, soft_wrap=True)
     out.print("yarn for other engines:", highlight=False)
     for engine, line in found.exports.items():
         out.print(f"  {engine}: {line}", markup=False, highlight=False, soft_wrap=True)
@@ -144,6 +193,11 @@ def export_command(
     from hf_rope_ext.records import recorded_method
 
     config, record = read_config(model or _bundled())
+    if record is not None and "vision" in (record.get("target"), *record):
+        raise RopeError(
+            f"{model!r} was saved with a patched vision tower, for which {to} has no words; "
+            f"unpatch it and save the model again."
+        )
     arguments: dict[str, Any] = {"original_max_position_embeddings": original, "replace": True}
     if method is None:
         if record is None:
@@ -209,12 +263,13 @@ def compare(
         TimeRemainingColumn,
     )
 
+    from hf_rope_ext.assets import TEXT
     from hf_rope_ext.evals.compare import Comparison
     from hf_rope_ext.evals.compare import compare as run
     from hf_rope_ext.evals.journal import Cell
-    from hf_rope_ext.evals.measures import describe_tasks
+    from hf_rope_ext.evals.measures import describe_tasks, needs_processor
     from hf_rope_ext.evals.text import read_text
-    from hf_rope_ext.loading import load_unpatched
+    from hf_rope_ext.loading import load_processor, load_unpatched
     from hf_rope_ext.planning import text_site
 
     if tasks == "list":
@@ -222,7 +277,7 @@ def compare(
             print(f"{name:28}{what}")
         return
     chosen = parse_methods(methods, factor)
-    words = read_text(text or _bundled_text(model))
+    words = "" if model and not text else read_text(text or TEXT)
     loaded, tokenizer = load_unpatched(model or _bundled(), device=device, dtype=dtype)
     trained = text_site(loaded.config).geometry.original_max_position_embeddings
     comparison = Comparison(
@@ -238,6 +293,7 @@ def compare(
         seed=seed,
         name=Path(model).name if model else "bundled",
         replace=replace,
+        processor=load_processor(model or _bundled()) if needs_processor((tasks,)) else None,
     )
     columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn())
     progress = Progress(*columns, TimeRemainingColumn(), console=Console(stderr=True))
@@ -317,6 +373,8 @@ def finetune_command(
     a flag wins over the file. Without a model the bundled one is tuned. Started again with
     --resume, an interrupted run goes on where it stopped.
     """
+    from hf_rope_ext.assets import TEXT
+
     with _extra("finetune"):
         from hf_rope_ext.finetune.recipe import describe_flags, parse
         from hf_rope_ext.finetune.run import finetune
@@ -331,7 +389,7 @@ def finetune_command(
     config = Path(words[0]) if words and not words[0].startswith("-") else None
     recipe, training = parse(words[config is not None :], config)
     if not recipe.model:
-        recipe = replace(recipe, model=_bundled(), data=recipe.data or str(_bundled_text(None)))
+        recipe = replace(recipe, model=_bundled(), data=recipe.data or str(TEXT))
     done = finetune(recipe, training)
     if not training.should_save:
         return
@@ -381,14 +439,6 @@ def _bundled() -> str:
     from hf_rope_ext.assets import DIRECTORY
 
     return str(DIRECTORY)
-
-
-def _bundled_text(model: str | None) -> Path:
-    from hf_rope_ext.assets import TEXT
-
-    if model is not None:
-        raise RopeError("give --text FILE, a long text to measure the model on.")
-    return TEXT
 
 
 @contextmanager

@@ -11,7 +11,8 @@ from torch import nn
 from hf_rope_ext.checkpoint import RECORD
 from hf_rope_ext.errors import RopeError
 from hf_rope_ext.patching import patch_of, unpatch_model
-from hf_rope_ext.records import require_known, restore
+from hf_rope_ext.records import joined, require_known, restore
+from hf_rope_ext.request import TARGETS
 
 ADAPTER_RECORD = "hf_rope_ext.json"
 """File beside a PEFT adapter that holds the record of the patch it was trained under."""
@@ -38,10 +39,10 @@ def save_record(
         directory: Where the adapter is.
         weights: The base model's `weights_record`, where it can no longer be taken.
     """
-    patch = patch_of(model)
-    if patch is None or not (Path(directory) / "adapter_config.json").is_file():
+    found = _record(model)
+    if found is None or not (Path(directory) / "adapter_config.json").is_file():
         return
-    record = {**_record(model), BASE_WEIGHTS: weights or weights_record(model)}
+    record = {**found, BASE_WEIGHTS: weights or weights_record(model)}
     path = Path(directory) / ADAPTER_RECORD
     unfinished = path.with_suffix(".part")
     unfinished.write_text(json.dumps(record, indent=2) + "\n")
@@ -72,7 +73,7 @@ def load_adapter(model: nn.Module, name_or_path: str | Path, **kwargs: Any) -> n
         return PeftModel.from_pretrained(model, name_or_path, **kwargs)  # type: ignore[no-any-return]
     record = _read_record(Path(path))
     trained_on = record.pop(BASE_WEIGHTS, None)
-    patched_before = patch_of(model) is not None
+    patched_before = _record(model) is not None
     if not patched_before:
         restore(model, record)
     try:
@@ -110,12 +111,11 @@ def weights_record(model: nn.Module) -> dict[str, str] | None:
     return {"dtype": ",".join(sorted(dtypes)), "sha256": digest.hexdigest()}
 
 
-def _record(model: nn.Module) -> dict[str, Any]:
+def _record(model: nn.Module) -> dict[str, Any] | None:
     """Return the record of a patched model, as JSON gives it back."""
-    patch = patch_of(model)
-    attributes = patch.resolved.configs[0].attributes if patch else {}
-    record: dict[str, Any] = json.loads(json.dumps(attributes.get(RECORD)))
-    return record
+    patches = [patch for target in TARGETS if (patch := patch_of(model, target))]
+    record = joined([patch.resolved.configs[0].attributes[RECORD] for patch in patches])
+    return json.loads(json.dumps(record))  # type: ignore[no-any-return]
 
 
 def _read_record(path: Path) -> dict[str, Any]:
@@ -128,7 +128,7 @@ def _read_record(path: Path) -> dict[str, Any]:
 
 
 def _require_same_patch(model: nn.Module, record: dict[str, Any], source: str | Path) -> None:
-    found = _record(model)
+    found = _record(model) or {}
     differing = [
         name
         for name in {**found, **record}

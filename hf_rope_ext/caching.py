@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 from hf_rope_ext.errors import RopeError, UnsupportedModelError
 from hf_rope_ext.families import innermost_models
-from hf_rope_ext.lengths import RUNNING, Call, Generation, Plan, plan_of
-from hf_rope_ext.rerotation import KeyLayout, read_layout, turn_keys
+from hf_rope_ext.lengths import RUNNING, Call, Generation, Plan, plan_of, row_lengths
+from hf_rope_ext.rerotation import KeyLayout, axes, read_layout, turn_keys
 from hf_rope_ext.rotary import ExtendedRotary
 
 CACHES = ("past_key_values", "cache_params")
@@ -37,6 +37,7 @@ class Planner:
         self.policy = rotation.policy
         self.method = repr(rotation.method)
         self.trained = rotation.geometry.original_max_position_embeddings
+        self.axes = max(map(axes, rotaries))
         self.parameters = tuple(inspect.signature(model.forward).parameters)
         self.cache_name = next((name for name in CACHES if name in self.parameters), None)
         self.layout: KeyLayout | None = None
@@ -55,7 +56,7 @@ class Planner:
                 f"one; use generate, or a static method."
             )
         cache = given.get(self.cache_name) if self.cache_name else None
-        call = self._call(model, cache, *_shape(given))
+        call = self._call(model, cache, given.get("position_ids"), *_shape(given))
         call.owner, call.outer = self, RUNNING.call
         RUNNING.call = call
 
@@ -74,7 +75,9 @@ class Planner:
         if report is not None and call.is_new and not torch.compiler.is_compiling():
             report(call.plan.report())
 
-    def _call(self, model: nn.Module, cache: Any, rows: int, tokens: int) -> Call:
+    def _call(
+        self, model: nn.Module, cache: Any, positions: Tensor | None, rows: int, tokens: int
+    ) -> Call:
         generation = RUNNING.generation if self.cache_name else None
         limit = generation.max_length if generation is not None else None
         if cache is None:
@@ -103,11 +106,38 @@ class Planner:
                 f"new cache for another batch."
             )
         if isinstance(seen, Tensor):
+            if self._beyond(plan, positions, left=0) is not None:
+                raise RopeError(
+                    f"the positions of this call go beyond those that the cache of fixed size was "
+                    f"planned for under {self.method}; nothing was changed. Fill a new cache with "
+                    f"all tokens at once."
+                )
             return Call(plan, is_new=False)
-        grows = seen + tokens > plan.capacity and plan.policy.on_growth != "freeze"
+        beyond = self._beyond(plan, positions, left=max(plan.capacity - seen - tokens, 0))
+        outgrown = beyond is not None or seen + tokens > plan.capacity
+        grows = outgrown and plan.policy.on_growth != "freeze"
         if grows:
-            self._grow(model, cache, plan, seen + tokens, limit)
+            self._grow(model, cache, plan, seen + tokens, limit, beyond)
         return Call(plan, seen=seen, records=plan.positions is not None, is_new=grows)
+
+    def _beyond(self, plan: Plan, positions: Tensor | None, left: int) -> Tensor | None:
+        """Return the lengths of rows whose positions go beyond the plan, None where none do.
+
+        A video can take more positions than tokens. A single token continues from those before it,
+        so it is not looked at, which would wait for the device.
+
+        Args:
+            plan: The plan of the cache.
+            positions: Of the call's tokens, before those of text are taken off in front.
+            left: Tokens that the plan has room for after this call.
+        """
+        if positions is None or positions.ndim < 3 or positions.shape[-1] == 1 or self.axes == 1:
+            return None
+        lengths = row_lengths(positions[-self.axes :]) + left
+        assert plan.lengths is not None
+        known = plan.lengths.to(lengths.device)
+        found = (lengths > known.clamp(min=plan.trained)).any()
+        return torch.maximum(lengths, known) if bool(found) else None
 
     def _first(self, cache: Any, tokens: int, limit: int | None) -> Call:
         """Return the call that makes a plan."""
@@ -120,27 +150,35 @@ class Planner:
         return Call(plan, ahead=capacity - tokens, size=size, records=grows)
 
     def _grow(
-        self, model: nn.Module, cache: Any, plan: Plan, needed: int, limit: int | None
+        self,
+        model: nn.Module,
+        cache: Any,
+        plan: Plan,
+        needed: int,
+        limit: int | None,
+        beyond: Tensor | None,
     ) -> None:
-        """Plan a cache for more tokens than it was planned for, and turn its keys accordingly."""
+        """Plan a cache for more than it was planned for, and turn its keys accordingly."""
         if plan.policy.on_growth == "error":
+            more = f"{needed}" if beyond is None else f"positions up to {int(beyond.max())}"
             raise RopeError(
                 f"the cache was planned for {plan.capacity} tokens under {self.method}, and this "
-                f"call needs {needed}; nothing was changed. Run the loop in `planned(max_length)`, "
+                f"call needs {more}; nothing was changed. Run the loop in `planned(max_length)`, "
                 f"fill a new cache with all tokens, or patch with on_growth='rerotate'."
             )
         assert plan.lengths is not None
         if plan.positions is not None:  # the cache may have been cut back
             plan.positions = plan.positions[..., : _own(cache).get_seq_length()]
         capacity = max(limit, needed) if limit else plan.policy.grown(needed, self.trained)
-        lengths = plan.lengths + (capacity - plan.capacity)
+        capacity = max(capacity, plan.capacity)
+        lengths = (plan.lengths if beyond is None else beyond) + (capacity - plan.capacity)
         frequencies = {
             key: rotary.frequencies_at(key, lengths)
             for rotary in self.rotaries
             for key in rotary.names()
             if key in plan.frequencies
         }
-        if capacity > self.trained:  # within the trained length all plans are the same
+        if bool((lengths > self.trained).any()):  # up to there all plans are the same
             if self.layout is None:
                 self.layout = read_layout(model, self.rotaries)
             turn_keys(_own(cache), self.layout, plan, frequencies)
@@ -232,6 +270,15 @@ def install(model: nn.Module, rotaries: Mapping[str, ExtendedRotary]) -> None:
 
 def remove(model: nn.Module) -> None:
     """Undo `install`."""
+    remove_hooks(model, HOOKS)
+    for part in model.modules():
+        for name in ("generate", PREPARES):
+            if isinstance(part.__dict__.get(name), Generate):
+                del part.__dict__[name]
+
+
+def remove_hooks(model: nn.Module, kinds: tuple[type, ...]) -> None:
+    """Remove the forward hooks of some kinds from a model and its parts."""
     for part in model.modules():
         for hooks, flags in (
             (part._forward_pre_hooks, (part._forward_pre_hooks_with_kwargs,)),
@@ -240,12 +287,9 @@ def remove(model: nn.Module) -> None:
                 (part._forward_hooks_with_kwargs, part._forward_hooks_always_called),
             ),
         ):
-            for key in [key for key, hook in hooks.items() if isinstance(hook, HOOKS)]:
+            for key in [key for key, hook in hooks.items() if isinstance(hook, kinds)]:
                 for held in (hooks, *flags):
                     held.pop(key, None)
-        for name in ("generate", PREPARES):
-            if isinstance(part.__dict__.get(name), Generate):
-                del part.__dict__[name]
 
 
 def is_installed(model: nn.Module) -> bool:
@@ -311,11 +355,19 @@ def _prepare(config: Any, model_kwargs: Mapping[str, Any], max_cache_length: int
     )
     if seen and not whole:
         generation.max_length = seen + length
-    elif seen and length > max(plan.capacity, plan.trained):
+    elif seen and length > max(plan.capacity, plan.trained) and _can_refill(plan, model_kwargs):
         cache.reset()  # filled again from the whole text, under a plan that covers it
         seen = 0
     if not seen:
         cache.hf_rope_ext_plan = None
+
+
+def _can_refill(plan: Plan, model_kwargs: Mapping[str, Any]) -> bool:
+    """Return whether a cache can be filled again: not where its images are not there any more."""
+    given = any(
+        name.startswith("pixel_values") and model_kwargs[name] is not None for name in model_kwargs
+    )
+    return given or plan.has_images is None or not bool(plan.has_images)
 
 
 def _shape(given: Mapping[str, Any]) -> tuple[int, int]:

@@ -8,12 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hf_rope_ext.errors import RopeError
+from hf_rope_ext.advice import advice
+from hf_rope_ext.errors import RopeError, UnsupportedModelError
 from hf_rope_ext.layouts import AXES
 from hf_rope_ext.lengths import request_plan
 from hf_rope_ext.methods import PerAxis, method_record
 from hf_rope_ext.patching import patch_of
-from hf_rope_ext.request import Resolved, advice
+from hf_rope_ext.request import Resolved
 from hf_rope_ext.rotary import ExtendedRotary
 from hf_rope_ext.sites import RopeSite, read_sites
 from hf_rope_ext.temperature import effective_logit_factor
@@ -79,6 +80,7 @@ class Description:
         modules: Number of rotary modules concerned.
         sites: Their sets of frequencies.
         notes: What to know about them.
+        vision: The same of the vision towers, None where they are not patched.
     """
 
     model_type: str
@@ -90,6 +92,7 @@ class Description:
     modules: int
     sites: tuple[SiteDescription, ...]
     notes: tuple[str, ...]
+    vision: "Description | None" = None
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain JSON data."""
@@ -129,7 +132,9 @@ class Description:
         text = io.StringIO()
         console = Console(file=text, width=160, no_color=True)
         console.print(table, markup=False)
-        console.print(f"max_position_embeddings {self.max_position_embeddings}", highlight=False)
+        if self.max_position_embeddings is not None:
+            limit = f"max_position_embeddings {self.max_position_embeddings}"
+            console.print(limit, highlight=False)
         for name in ("mrope_layout", "visual_positions"):
             settings = getattr(self, name)
             if settings is not None:
@@ -137,11 +142,13 @@ class Description:
                 console.print(f"{name}: {words}", markup=False, highlight=False)
         for note in self.notes:
             console.print(f"- {note}", markup=False, highlight=False)
+        if self.vision is not None:
+            console.print(f"\n{self.vision}", markup=False, highlight=False)
         return text.getvalue().rstrip()
 
 
 def describe(model: nn.Module, request: Any = None) -> Description:
-    """Return what rotates in the text model, patched or not.
+    """Return what rotates in the text model, patched or not, and in patched vision towers.
 
     Args:
         model: The model.
@@ -151,9 +158,14 @@ def describe(model: nn.Module, request: Any = None) -> Description:
     Raises:
         RopeError: If the model has no rotary embedding, or the request no plan.
     """
-    patch = patch_of(model)
+    patch, vision = patch_of(model), _vision(model)
     if patch is None:
-        sites = read_sites(model)
+        try:
+            sites = read_sites(model)
+        except UnsupportedModelError:
+            if vision is None:
+                raise
+            return vision  # a vision tower on its own
         entries = [_unpatched(site) for site in sites]
         notes = [f"{site.path}: {site.rebuilt}" for site in sites if site.rebuilt]
     else:
@@ -175,6 +187,29 @@ def describe(model: nn.Module, request: Any = None) -> Description:
         modules=len({site.path for site in sites}),
         sites=tuple(entries),
         notes=tuple(notes),
+        vision=vision,
+    )
+
+
+def _vision(model: nn.Module) -> Description | None:
+    """Describe the vision towers of a model, where they are patched."""
+    patch = patch_of(model, "vision")
+    if patch is None:
+        return None
+    resolved = patch.resolved
+    method = method_record(resolved.method)
+    return Description(
+        model_type=resolved.sites[0].config.model_type,
+        method=method,
+        factor=method.get("factor"),
+        max_position_embeddings=None,
+        mrope_layout=None,
+        visual_positions=None,
+        modules=len(resolved.sites),
+        sites=tuple(
+            entry for site in resolved.sites for entry in _patched(site, model, resolved, None)
+        ),
+        notes=tuple(advice(resolved)),
     )
 
 
@@ -212,10 +247,9 @@ def _patched(
         site.label, torch.tensor([[length - 1]], device=next(module.buffers()).device)
     )
     frozen = method.frozen(geometry, length)
-    expected = frozen.plan(geometry)
-    sound = _matches(live.squeeze(), replace(rotation, method=frozen).within()[0])
+    expected, intended = replace(rotation, method=frozen, scales_rotation=True).within()
+    sound = _matches(live.squeeze(), expected)
     in_logits = resolved.temperature == "logits"
-    intended = float(expected.attention_scaling)
     effective = intended**2 if in_logits else effective_logit_factor(site, float(scaling))
     by_axis = dict(method.methods) if isinstance(method, PerAxis) else {None: method}
     return [
@@ -227,6 +261,7 @@ def _patched(
             logit_factors=(intended**2, effective),
             sound=sound,
             axis=axis,
+            names=resolved.axes if resolved.target == "vision" else AXES,
         )
         for axis, own in by_axis.items()
     ]
@@ -254,8 +289,9 @@ def _entry(
     logit_factors: tuple[float, float],
     sound: bool,
     axis: str | None = None,
+    names: tuple[str, ...] = AXES,
 ) -> SiteDescription:
-    slowdown, turning = _slowdown(site, live, axis)
+    slowdown, turning = _slowdown(site, live, axis, names)
     largest = float(slowdown[turning].max())
     geometry = site.geometry
     return SiteDescription(
@@ -279,7 +315,9 @@ def _entry(
     )
 
 
-def _slowdown(site: RopeSite, live: Tensor, axis: str | None) -> tuple[Tensor, Tensor]:
+def _slowdown(
+    site: RopeSite, live: Tensor, axis: str | None, names: tuple[str, ...]
+) -> tuple[Tensor, Tensor]:
     """Return trained over live frequencies, and which pairs turn in training, of an axis or all."""
     slowdown = site.inv_freq.double() / live.cpu().double().squeeze()
     turning = (site.inv_freq > 0).expand_as(slowdown)
@@ -287,8 +325,8 @@ def _slowdown(site: RopeSite, live: Tensor, axis: str | None) -> tuple[Tensor, T
         order = site.pair_order or range(site.geometry.pairs)
         own = torch.tensor([(site.geometry.axes or ())[pair] == axis for pair in order])
         return slowdown[own], turning[own]
-    if axis is not None:  # frequencies by axis of a head
-        row = AXES.index(axis)
+    if axis is not None:  # frequencies by axis
+        row = names.index(axis)
         return slowdown[row], turning[row]
     return slowdown, turning
 

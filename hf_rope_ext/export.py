@@ -73,6 +73,12 @@ def export(
         raise ExportError(f"unknown target {to!r}; known: {', '.join(TARGETS)}.")
     model = model_or_config if isinstance(model_or_config, nn.Module) else None
     patch = None if model is None else patch_of(model)
+    vision = None if model is None else patch_of(model, "vision")
+    if vision is not None or arguments.get("target", "text") != "text":
+        raise ExportError(
+            f"{to} has no words for the RoPE of a vision tower. Unpatch it, or save the model: "
+            f"stock transformers reads 'ntk' and 'base', and load_pretrained everything."
+        )
     if patch is not None:
         resolved = patch.resolved
     else:

@@ -35,7 +35,8 @@ class Family:
         unscaled: Last part of the path of rotary modules that are unscaled by design.
         windowed: Labels of rotary parameters that serve only layers with a bounded window, where
             the label itself does not say so.
-        axes: Names of the rows of M-RoPE's positions; time, height and width when not given.
+        axes: Names of the rows of M-RoPE's positions; time, height and width when not given. Of a
+            vision tower, of a patch's coordinates; height and width when not given.
         next_text: Where the model places text behind an image or a video; see `VisualPositions`.
             None where it follows none of those rules.
         frames_apart: Whether videos are cut into single frames with text between them, so that the
@@ -57,6 +58,7 @@ class Family:
             tokens alone do not run it.
         refused: Why the family cannot be served; None where it can.
         advice: From method and geometry to what the vendor says about it, if anything.
+        row_ends: Whether each row of an image ends in a token, and an image in two more.
     """
 
     model_types: tuple[str, ...]
@@ -80,6 +82,7 @@ class Family:
     probe: Callable[[nn.Module], dict[str, Any]] | None = None
     refused: str | None = None
     advice: Callable[[Method, RopeGeometry], str | None] | None = None
+    row_ends: bool = False
 
 
 @dataclass(frozen=True, eq=False)
@@ -144,18 +147,7 @@ def find_rotaries(model: nn.Module) -> list[Rotary]:
     Raises:
         UnsupportedModelError: If there is none, or ``model`` holds no transformers model.
     """
-    from transformers import PreTrainedModel
-
-    if not isinstance(model, nn.Module):
-        raise UnsupportedModelError(
-            f"a model is a torch.nn.Module that holds a transformers model, got {model!r}."
-        )
-    root = next((part for part in model.modules() if isinstance(part, PreTrainedModel)), None)
-    if root is None:
-        raise UnsupportedModelError(
-            f"{type(model).__name__} holds no transformers model, so there is no config to read "
-            f"its RoPE from; nothing was changed."
-        )
+    root = _root(model)
     whole = family_of(root.config)
     if whole.refused is not None:
         raise UnsupportedModelError(
@@ -176,6 +168,24 @@ def find_rotaries(model: nn.Module) -> list[Rotary]:
     if not rotaries:
         raise UnsupportedModelError(_no_rotary(root, configs))
     return rotaries
+
+
+def find_towers(model: nn.Module) -> list[Rotary]:
+    """Return the stock axial rotary modules of the vision towers inside ``model``.
+
+    Raises:
+        UnsupportedModelError: If there is none, or ``model`` holds no transformers model.
+    """
+    root = _root(model)
+    towers = []
+    for path, module, config in owned_modules(model):
+        parent, _, name = path.rpartition(".")
+        if getattr(module, "rope_type", None) == "axial" and "inv_freq" in module._buffers:
+            parts = (model.get_submodule(parent), name, module, config, family_of(config))
+            towers.append(Rotary(path, *parts))
+    if not towers:
+        raise UnsupportedModelError(_no_tower(model, root))
+    return towers
 
 
 def text_configs(config: Config) -> list[Config]:
@@ -258,6 +268,23 @@ def innermost_models(model: nn.Module, rotaries: Iterable[str]) -> list[list[nn.
     return list(found.values())
 
 
+def _root(model: nn.Module) -> Any:
+    """Return the outermost transformers model inside a module."""
+    from transformers import PreTrainedModel
+
+    if not isinstance(model, nn.Module):
+        raise UnsupportedModelError(
+            f"a model is a torch.nn.Module that holds a transformers model, got {model!r}."
+        )
+    root = next((part for part in model.modules() if isinstance(part, PreTrainedModel)), None)
+    if root is None:
+        raise UnsupportedModelError(
+            f"{type(model).__name__} holds no transformers model, so there is no config to read "
+            f"its RoPE from; nothing was changed."
+        )
+    return root
+
+
 def _all_rotaries(model: nn.Module) -> Iterator[Rotary]:
     """Yield every rotary module and table under ``model``, whatever tower it belongs to."""
     for path, module, config in owned_modules(model):
@@ -293,6 +320,28 @@ def _no_rotary(root: nn.Module, configs: list[Config]) -> str:
         f"(model_type={model_type!r}); nothing was changed. Position modules found: "
         f"{', '.join(positional[:4]) or 'none'}. If it does rotate queries and keys, describe the "
         f"family in hf_rope_ext.patches."
+    )
+
+
+def _no_tower(model: nn.Module, root: Any) -> str:
+    texts = [root.config.get_text_config()] if hasattr(root.config, "get_text_config") else []
+    found: dict[str, list[str]] = {}
+    for path, module, config in owned_modules(model):
+        if config is root.config or any(config is text for text in texts):
+            continue
+        own = found.setdefault(config.model_type, [])
+        if "position" in path.rpartition(".")[2].lower() or "Rotary" in type(module).__name__:
+            own.append(f"{path} ({type(module).__name__})")
+        own += [
+            f"{path}.{name}" for name in module._parameters if "position" in name or "pos_" in name
+        ]
+    towers = "; ".join(
+        f"{model_type}: {', '.join(own[:3]) or 'no positions'}" for model_type, own in found.items()
+    )
+    return (
+        f"no axial rotary embedding in a vision tower of {type(root).__name__} "
+        f"(model_type={root.config.model_type!r}), so there are no frequencies to scale for larger "
+        f"images; nothing was changed. Other towers and their positions: {towers or 'none'}."
     )
 
 

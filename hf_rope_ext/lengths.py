@@ -100,6 +100,8 @@ class Plan:
         positions: Position of every cached token as the rotary embedding was given them; None
             where growth needs none.
         frequencies: Frequencies and scaling by rotary module and layer type, made at first use.
+        has_images: Whether axes of positions have differed, a tensor of one truth value; None where
+            there is one axis.
     """
 
     method: str
@@ -109,6 +111,7 @@ class Plan:
     lengths: Tensor | None = None
     positions: Tensor | None = None
     frequencies: dict[str, tuple[Tensor, Scale]] = field(default_factory=dict)
+    has_images: Tensor | None = None
 
     def report(self) -> "RequestPlan":
         """Return it in public form."""
@@ -152,15 +155,18 @@ class Call:
         plan = self.plan
         if plan.lengths is None:
             plan.lengths = row_lengths(position_ids) + self.ahead
-            if self.size is not None:
-                plan.lengths = torch.full_like(plan.lengths, self.size)
+            if self.size is not None:  # videos can take more positions than tokens
+                plan.lengths = plan.lengths.clamp(min=self.size)
+        if position_ids.ndim == 3 and position_ids.shape[-1] > 1 and not self.is_noted:
+            differ = (position_ids != position_ids[:1]).any()
+            plan.has_images = differ if plan.has_images is None else plan.has_images | differ
         if self.records and not self.is_noted:
             past = plan.positions
             if past is None or self.seen == 0:
                 plan.positions = position_ids
             else:
-                rows = max(position_ids.shape[-2], past.shape[-2])
-                shape = (*position_ids.shape[:-2], rows, -1)
+                # a row can stand for all rows, and one axis for all axes
+                shape = (*torch.broadcast_shapes(past.shape[:-1], position_ids.shape[:-1]), -1)  # type: ignore[no-untyped-call]
                 both = (past[..., : self.seen].expand(shape), position_ids.expand(shape))
                 plan.positions = torch.cat(both, dim=-1)
         self.is_noted = True

@@ -10,7 +10,12 @@ from hf_rope_ext.adapters import SOURCE, load_adapter, save_record
 from hf_rope_ext.checkpoint import RECORD
 from hf_rope_ext.errors import RopeError
 from hf_rope_ext.families import Config
-from hf_rope_ext.records import require_known, restore
+from hf_rope_ext.records import joined, require_known, restore
+
+ROPE = ("rope_scaling", "rope_parameters")
+"""Where a config keeps its scaling, the older word first."""
+INNER = ("thinker_config", "text_config")
+"""Where a config keeps that of its text model."""
 
 
 def load_pretrained(name_or_path: str | Path, **kwargs: Any) -> nn.Module:
@@ -29,8 +34,9 @@ def load_pretrained(name_or_path: str | Path, **kwargs: Any) -> nn.Module:
     adapter = Path(name_or_path) / "adapter_config.json"
     if adapter.is_file():
         return _load_adapter(Path(name_or_path), **kwargs)
-    settings, record = _read_config(name_or_path, **kwargs)
-    model = _load_model(name_or_path, settings if record else None, **kwargs)
+    settings, record, as_found = _read_config(name_or_path, **kwargs)
+    own = None if as_found or "config" in kwargs else settings
+    model = _load_model(name_or_path, own, **kwargs)
     return model if record is None else restore(model, record)
 
 
@@ -64,8 +70,8 @@ def read_config(name_or_path: str | Path, **kwargs: Any) -> tuple[Config, dict[s
     from transformers import AutoConfig
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-    settings, record = _read_config(name_or_path, **kwargs)
-    if record is None:
+    settings, record, as_found = _read_config(name_or_path, **kwargs)
+    if as_found:
         return AutoConfig.from_pretrained(name_or_path, **kwargs), None
     return CONFIG_MAPPING[settings["model_type"]].from_dict(settings), record
 
@@ -81,7 +87,7 @@ def load_unpatched(name_or_path: str | Path, *, device: str, dtype: str) -> tupl
     number = getattr(torch, dtype, None)
     if not isinstance(number, torch.dtype) or not number.is_floating_point:
         raise RopeError(f"dtype must be float32, bfloat16 or float16, got {dtype!r}.")
-    settings, _ = _read_config(name_or_path)
+    settings, _, _ = _read_config(name_or_path)
     try:
         model = _load_model(name_or_path, settings, dtype=number)
         return model.to(device), AutoTokenizer.from_pretrained(name_or_path)
@@ -90,10 +96,31 @@ def load_unpatched(name_or_path: str | Path, *, device: str, dtype: str) -> tupl
         raise RopeError(f"cannot load {str(name_or_path)!r}: {reason}") from error
 
 
+def load_processor(name_or_path: str | Path) -> Any:
+    """Return the processor of a model that takes images.
+
+    Raises:
+        RopeError: If it has none, or it cannot be loaded.
+    """
+    from transformers import AutoProcessor, ProcessorMixin
+
+    try:
+        found = AutoProcessor.from_pretrained(name_or_path)
+    except (OSError, ValueError, ImportError) as error:
+        reason = " ".join(str(error).split())
+        raise RopeError(f"cannot load a processor from {str(name_or_path)!r}: {reason}") from error
+    if not isinstance(found, ProcessorMixin):
+        raise RopeError(f"{str(name_or_path)!r} has no processor, so it takes no images.")
+    return found
+
+
 def _read_config(
     name_or_path: str | Path, **kwargs: Any
-) -> tuple[dict[str, Any], dict[str, Any] | None]:
-    """Return the settings of a config as before a recorded patch, and the record."""
+) -> tuple[dict[str, Any], dict[str, Any] | None, bool]:
+    """Return the settings of a config, the record of a patch, and whether they are as found.
+
+    They are not where they were put back to before the patch, or older words put in today's.
+    """
     from transformers import PreTrainedConfig
 
     source = {key: kwargs[key] for key in SOURCE if key in kwargs}
@@ -114,7 +141,51 @@ def _read_config(
     _restore(settings, records)
     for record in records:
         require_known(record, name_or_path)
-    return settings, records[0] if records else None
+    older = _modernize(settings)
+    return settings, joined(records), not (records or older)
+
+
+def _modernize(settings: dict[str, Any]) -> bool:
+    """Put M-RoPE as older checkpoints say it in today's words; return whether there was any.
+
+    They give ``"mrope"``, the layout, for the type of scaling, which transformers understands of
+    two families only; or they keep it beside the text config, where transformers looks past it.
+    """
+    older = False
+    for name in ROPE:
+        for rope in _rope_dicts(settings.get(name)):
+            if rope.get("rope_type", rope.get("type")) == "mrope":
+                rope.pop("type", None)
+                rope["rope_type"] = "default"
+                older = True
+    for inner in (settings.get(name) for name in INNER):
+        if not isinstance(inner, dict):
+            continue
+        beside = [name for name in ROPE if _has_sections(settings.get(name))]
+        if beside and not any(_has_sections(inner.get(name)) for name in ROPE):
+            own = {
+                **(inner.pop("rope_parameters", None) or {}),
+                **(inner.get("rope_scaling") or {}),
+            }
+            inner["rope_scaling"] = {**settings.pop(beside[0]), **own}
+            for key in ("rope_theta", "partial_rotary_factor"):
+                if key in settings and key not in own:
+                    inner.setdefault(key, settings.pop(key))
+            older = True
+        older = _modernize(inner) or older
+    return older
+
+
+def _rope_dicts(rope: Any) -> list[dict[str, Any]]:
+    """Return the dictionaries of one scaling each, of which nested ones hold several."""
+    if not isinstance(rope, dict):
+        return []
+    nested = [value for value in rope.values() if isinstance(value, dict)]
+    return nested or [rope]
+
+
+def _has_sections(rope: Any) -> bool:
+    return any("mrope_section" in own for own in _rope_dicts(rope))
 
 
 def _restore(settings: dict[str, Any], records: list[dict[str, Any]]) -> None:
@@ -158,9 +229,10 @@ def _model_class(config: Config) -> Any:
         if hasattr(transformers, name):
             return getattr(transformers, name)
     for auto in (
-        transformers.AutoModelForCausalLM,
+        # first, since some whole configs are also listed with the class of their text model
         transformers.AutoModelForImageTextToText,
         transformers.AutoModelForMultimodalLM,
+        transformers.AutoModelForCausalLM,
         transformers.AutoModelForSeq2SeqLM,
         transformers.AutoModelForMaskedLM,
         transformers.AutoModel,

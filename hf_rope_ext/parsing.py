@@ -53,6 +53,21 @@ def parse_methods(text: str, factor: float | None) -> dict[str, Method]:
     return methods
 
 
+def parse_size(text: str) -> tuple[int, int] | tuple[int, int, int]:
+    """Return width and height from ``"1280x720"``, or a grid of patches from ``"1x46x80"``.
+
+    Raises:
+        RopeError: If it is neither.
+    """
+    parts = text.lower().split("x")
+    if len(parts) not in (2, 3) or not all(part.strip().isdecimal() for part in parts):
+        raise RopeError(
+            f"{text!r} is neither WIDTHxHEIGHT in pixels (1280x720) nor TIMExROWSxCOLUMNS in "
+            f"patches (1x46x80)."
+        )
+    return tuple(map(int, parts))  # type: ignore[return-value]
+
+
 def _by_axis(settings: dict[str, Any]) -> dict[str, Any]:
     """Return settings with those written ``knob.axis`` gathered by knob."""
     values: dict[str, Any] = {}

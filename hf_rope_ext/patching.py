@@ -12,7 +12,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from hf_rope_ext import caching, visual
+from hf_rope_ext import caching, deltas, visual
+from hf_rope_ext.advice import advice
 from hf_rope_ext.errors import (
     AlreadyScaledError,
     NotPatchedError,
@@ -24,10 +25,11 @@ from hf_rope_ext.layouts import MRopeLayout
 from hf_rope_ext.lengths import RequestPlan
 from hf_rope_ext.methods import Method
 from hf_rope_ext.positions import VisualPositions
-from hf_rope_ext.probe import probe_attention, probe_rotary
-from hf_rope_ext.request import Request, Resolved, advice, resolve
+from hf_rope_ext.probe import probe_attention, probe_rotary, probe_towers
+from hf_rope_ext.request import TARGETS, Request, Resolved, resolve
 from hf_rope_ext.rotary import ExtendedRotary
 from hf_rope_ext.table import ExtendedTable
+from hf_rope_ext.towers import patches_for
 
 
 @dataclass(eq=False)
@@ -65,6 +67,7 @@ def patch_model(
     buckets: float | None = None,
     compat: str | None = None,
     on_plan: Callable[[RequestPlan], None] | None = None,
+    target: str = "text",
     **method_knobs: Any,
 ) -> nn.Module:
     """Extend the context of a model in memory, in place.
@@ -106,6 +109,9 @@ def patch_model(
         compat: For length-dependent methods: ``"transformers"`` follows stock transformers (one
             length for the batch, chosen anew at every call, cached keys left as they were).
         on_plan: For length-dependent methods: called with the `RequestPlan` of every request.
+        target: ``"text"``, or ``"vision"``: the axial rotary embeddings of the vision towers, for
+            images larger than in training. Lengths are then patches along the longer side, and an
+            axis is ``"h"`` or ``"w"``. The two are patched, described and undone apart.
         **method_knobs: The method's other knobs.
 
     Returns:
@@ -114,10 +120,11 @@ def patch_model(
     Raises:
         RopeError: One of its children says what is wrong; the model is then as it was.
     """
-    previous = patch_of(model)
+    previous = patch_of(model, target)
     if previous is not None and not replace:
+        part = "model is" if target == "text" else f"model's {target} is"
         raise AlreadyScaledError(
-            f"the model is already patched with {previous.resolved.method!r}; nothing was changed. "
+            f"the {part} already patched with {previous.resolved.method!r}; nothing was changed. "
             f"Call unpatch_model first, or pass replace=True."
         )
     request = Request(
@@ -136,12 +143,16 @@ def patch_model(
         buckets=buckets,
         compat=compat,
         on_plan=on_plan,
+        target=target,
     )
-    with _unchanged_on_error(model, previous):
+    with _unchanged_on_error(model, previous, target):
         resolved = resolve(request, model)
         _require_loaded(resolved)
         rotaries = _install(model, resolved)
-        if probe:
+        if probe and target == "vision":
+            probe_towers(resolved.sites, rotaries)
+            probe_attention(model, rotaries, patches_for)
+        elif probe:
             probe_rotary(rotaries)
             probe_attention(model, rotaries)
         for note in advice(resolved):
@@ -149,8 +160,12 @@ def patch_model(
     return model
 
 
-def unpatch_model(model: nn.Module) -> nn.Module:
+def unpatch_model(model: nn.Module, target: str | None = None) -> nn.Module:
     """Undo `patch_model`: modules, buffers and config are bit for bit what they were.
+
+    Args:
+        model: The model.
+        target: ``"text"`` or ``"vision"``; what is patched of both when not given.
 
     Returns:
         ``model``.
@@ -158,10 +173,13 @@ def unpatch_model(model: nn.Module) -> nn.Module:
     Raises:
         NotPatchedError: If it is not patched.
     """
-    patch = patch_of(model)
-    if patch is None:
-        raise NotPatchedError(f"{type(model).__name__} is not patched; nothing was changed.")
-    _uninstall(model, patch)
+    targets = TARGETS if target is None else (target,)
+    patches = [patch for one in targets if (patch := patch_of(model, one)) is not None]
+    if not patches:
+        part = "" if target is None else f" in its {target} model"
+        raise NotPatchedError(f"{type(model).__name__} is not patched{part}; nothing was changed.")
+    for patch in patches:
+        _uninstall(model, patch)
     return model
 
 
@@ -174,11 +192,11 @@ def patched(
     try:
         yield model
     finally:
-        unpatch_model(model)
+        unpatch_model(model, arguments.get("target", "text"))
 
 
-def patch_of(model: nn.Module) -> Patch | None:
-    """Return the patch a model carries, None where it carries none.
+def patch_of(model: nn.Module, target: str = "text") -> Patch | None:
+    """Return the patch of a model's text or vision, None where there is none.
 
     Raises:
         UnsupportedModelError: If ``model`` is no module.
@@ -188,8 +206,9 @@ def patch_of(model: nn.Module) -> Patch | None:
             f"a model is a torch.nn.Module that holds a transformers model, got {model!r}."
         )
     for module in model.modules():
-        if isinstance(module, ExtendedRotary):
-            return module.patch  # type: ignore[return-value]
+        patch = module.patch if isinstance(module, ExtendedRotary) else None
+        if isinstance(patch, Patch) and patch.resolved.target == target:
+            return patch
     return None
 
 
@@ -234,6 +253,8 @@ def _install(model: nn.Module, resolved: Resolved) -> dict[str, ExtendedRotary]:
         softmax.apply()
     if resolved.method.length_dependent and resolved.rotations[0].policy.compat is None:
         caching.install(model, extended)
+    if resolved.target == "text":
+        deltas.install(model, extended)
     _install_visual(model, resolved)
     for change in resolved.configs:
         patch.configs_before.append(_set_attributes(change.config, change.attributes))
@@ -253,8 +274,10 @@ def _uninstall(model: nn.Module, patch: Patch) -> Callable[[], None]:
         A function that undoes this.
     """
     removed = []
-    plans = caching.is_installed(model)
-    for module in [part for part in model.modules() if isinstance(part, ExtendedRotary)]:
+    text = patch.resolved.target == "text"
+    plans = text and caching.is_installed(model)
+    extended = [part for part in model.modules() if isinstance(part, ExtendedRotary)]
+    for module in [part for part in extended if part.patch is patch]:
         original = module.restored()
         for parent, name in _places(model, module):
             removed.append((parent, name, module))
@@ -263,8 +286,10 @@ def _uninstall(model: nn.Module, patch: Patch) -> Callable[[], None]:
                 parent.register_buffer(name, original, persistent=False)
             else:
                 setattr(parent, name, original)
-    caching.remove(model)
-    visual.remove(model)
+    if text:
+        caching.remove(model)
+        deltas.remove(model)
+        visual.remove(model)
     for softmax in patch.resolved.softmax:
         softmax.revert()
     after = [_restore_attributes(before) for before in patch.configs_before]
@@ -272,8 +297,11 @@ def _uninstall(model: nn.Module, patch: Patch) -> Callable[[], None]:
     def reinstall() -> None:
         for parent, name, module in removed:
             setattr(parent, name, module)
+        rotaries = {module.path: module for _, _, module in removed}
         if plans:
-            caching.install(model, {module.path: module for _, _, module in removed})
+            caching.install(model, rotaries)
+        if text:
+            deltas.install(model, rotaries)
         _install_visual(model, patch.resolved)
         for softmax in patch.resolved.softmax:
             softmax.apply()
@@ -283,13 +311,13 @@ def _uninstall(model: nn.Module, patch: Patch) -> Callable[[], None]:
 
 
 @contextmanager
-def _unchanged_on_error(model: nn.Module, previous: Patch | None) -> Iterator[None]:
+def _unchanged_on_error(model: nn.Module, previous: Patch | None, target: str) -> Iterator[None]:
     """Take a previous patch out, and on an error put everything back as it was."""
     reinstall = _uninstall(model, previous) if previous is not None else None
     try:
         yield
     except BaseException:
-        half_done = patch_of(model)
+        half_done = patch_of(model, target)
         if half_done is not None:
             _uninstall(model, half_done)
         if reinstall is not None:

@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -175,6 +175,8 @@ class Plan:
         factor: Their ratio.
         cache_bytes: What keys and values of one sequence of the target length take up.
         effects: What each method does to the pairs, by the label it was given.
+        advice: What the vendor says about extending the model by these methods, and what else to
+            mind.
         exports: What tells each engine to use YaRN at that factor, or why nothing does.
     """
 
@@ -183,11 +185,17 @@ class Plan:
     factor: float
     cache_bytes: int
     effects: dict[str, Effect]
+    advice: tuple[str, ...]
     exports: dict[str, str]
 
 
 def plan_extension(
-    config: Config, site: RopeSite, target: int, methods: Mapping[str, Method], number_bytes: int
+    config: Config,
+    site: RopeSite,
+    target: int,
+    methods: Mapping[str, Method],
+    number_bytes: int,
+    tokens: int | None = None,
 ) -> Plan:
     """Return what it takes to extend a model to a target length.
 
@@ -197,6 +205,7 @@ def plan_extension(
         target: In positions.
         methods: To weigh against each other, by label.
         number_bytes: Size of a number in the cache.
+        tokens: How many take up that many positions, where they are not as many.
 
     Raises:
         RopeError: If the target is within the trained length.
@@ -223,8 +232,9 @@ def plan_extension(
         trained_length=trained,
         target_length=target,
         factor=factor,
-        cache_bytes=cache_bytes(site.config, target, number_bytes),
+        cache_bytes=cache_bytes(site.config, tokens or target, number_bytes),
         effects={label: effect(method, site.geometry, target) for label, method in methods.items()},
+        advice=_advice(site, methods.values(), target, tokens or target),
         exports=exports,
     )
 
@@ -247,6 +257,19 @@ def curves(geometry: RopeGeometry, methods: Mapping[str, Method], factor: float)
             "decay": decay(inv_freq, distances).tolist(),
         }
     return result
+
+
+def _advice(site: RopeSite, methods: Iterable[Method], target: int, tokens: int) -> tuple[str, ...]:
+    notes = []
+    if site.family.advice is not None:
+        said = (site.family.advice(method, site.geometry) for method in methods)
+        notes += [words for words in said if words is not None]
+    if tokens != target:
+        notes.append(
+            f"other engines limit a request by tokens: vLLM's --max-model-len, SGLang's "
+            f"--context-length and llama.cpp's --ctx-size must be {tokens}."
+        )
+    return tuple(dict.fromkeys(notes))
 
 
 def _inspect(site: RopeSite) -> Inspection:

@@ -1,7 +1,7 @@
 """Proof that a patch took effect: the rotary embedding computes the plan, and attention uses it."""
 
 import inspect
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
@@ -14,7 +14,9 @@ from hf_rope_ext.errors import ProbeError
 from hf_rope_ext.families import family_of, innermost_models
 from hf_rope_ext.lengths import RUNNING
 from hf_rope_ext.rotary import ExtendedRotary, Rotation
+from hf_rope_ext.sites import RopeSite
 from hf_rope_ext.table import ExtendedTable
+from hf_rope_ext.towers import shaped, tower_axes, used_pairs
 
 
 class _ReachedError(Exception):
@@ -39,11 +41,38 @@ def probe_rotary(rotaries: Mapping[str, ExtendedRotary]) -> None:
             _check_angles(path, rotary, label, rotation)
 
 
-def probe_attention(model: nn.Module, rotaries: Mapping[str, ExtendedRotary]) -> None:
+def probe_towers(sites: Iterable[RopeSite], rotaries: Mapping[str, ExtendedRotary]) -> None:
+    """Check that each vision tower turns by the planned angles along each axis.
+
+    Raises:
+        ProbeError: If a planned cosine is missing from the output.
+    """
+    for site in sites:
+        rotary = rotaries[site.path]
+        frequencies, scaling = rotary.plan(None, None)
+        method, trained = rotary.rotations[None].method, site.geometry
+        last = (method.target_length(trained) or trained.original_max_position_embeddings) - 1
+        for axis, used in enumerate(used_pairs(site)):
+            own = frequencies[axis] if frequencies.ndim == 2 else frequencies
+            for position in {1, trained.original_max_position_embeddings, max(last, 1)}:
+                point = torch.zeros(len(tower_axes(site)), device=own.device)
+                point[axis] = position
+                expected = (position * own[used].double()).cos() * scaling
+                places = shaped(site.rotary.original, point)
+                cos, _ = rotary(torch.zeros(1, 1, 1, device=own.device), places)
+                _require_angles(site.path, rotary, position, expected, cos.flatten().double())
+
+
+def probe_attention(
+    model: nn.Module,
+    rotaries: Mapping[str, ExtendedRotary],
+    inputs: Callable[[nn.Module, torch.device], list[dict[str, Any]]] | None = None,
+) -> None:
     """Check that the attention sees the rotary embedding.
 
-    The frequencies are made NaN for a moment, and the text model runs on two tokens until what the
-    rotary embedding returned meets another tensor: a query, at the first attention that rotates.
+    The frequencies are made NaN for a moment, and the model runs on two tokens, or what ``inputs``
+    makes for it, until what the rotary embedding returned meets another tensor: a query, at the
+    first attention that rotates.
 
     Raises:
         ProbeError: If it never does, or the model cannot be run this way.
@@ -52,7 +81,9 @@ def probe_attention(model: nn.Module, rotaries: Mapping[str, ExtendedRotary]) ->
         own = [rotary for rotary in rotaries.values() if rotary in list(runners[0].modules())]
         failures = []
         device = next(own[0].buffers()).device
-        attempts = [(part, given) for part in runners for given in arguments_for(part, device)]
+        attempts = [
+            (part, given) for part in runners for given in (inputs or arguments_for)(part, device)
+        ]
         for runner, arguments in attempts:
             try:
                 with _poisoned(own), _quiet(device), _Watch(own):
@@ -70,7 +101,8 @@ def probe_attention(model: nn.Module, rotaries: Mapping[str, ExtendedRotary]) ->
                 )
         else:
             raise ProbeError(
-                f"could not run {type(runners[0]).__name__} on two tokens to prove that its "
+                f"could not run {type(runners[0]).__name__} on "
+                f"{'two tokens' if inputs is None else 'a small image'} to prove that its "
                 f"attention sees the new frequencies ({type(failures[0]).__name__}: "
                 f"{failures[0]}). Nothing was changed; pass probe=False to patch without this "
                 f"proof."
@@ -91,14 +123,21 @@ def _check_angles(path: str, rotary: ExtendedRotary, label: str | None, rotation
             else (angles.cos() * scaling.reshape(-1).double())
         )
         found = _values(rotary, label, position_ids)
-        distance = (expected[:, None] - found[None, :].to(expected.device)).abs().amin(dim=1)
-        # float32 rounds an angle by up to 2 ** -24 of itself
-        if not (distance <= 1e-3 + 4e-7 * position).all():
-            raise ProbeError(
-                f"{path}: {type(rotary.original).__name__} does not turn by the planned angles at "
-                f"position {position}; it does not compute its frequencies from inv_freq. Nothing "
-                f"was changed."
-            )
+        _require_angles(path, rotary, position, expected, found)
+
+
+def _require_angles(
+    path: str, rotary: ExtendedRotary, position: int, expected: Tensor, found: Tensor
+) -> None:
+    """Check that every expected cosine is among the numbers found."""
+    distance = (expected[:, None] - found[None, :].to(expected.device)).abs().amin(dim=1)
+    # float32 rounds an angle by up to 2 ** -24 of itself
+    if not (distance <= 1e-3 + 4e-7 * position).all():
+        raise ProbeError(
+            f"{path}: {type(rotary.original).__name__} does not turn by the planned angles at "
+            f"position {position}; it does not compute its frequencies from inv_freq. Nothing "
+            f"was changed."
+        )
 
 
 def _values(rotary: ExtendedRotary, label: str | None, position_ids: Tensor) -> Tensor:

@@ -1,5 +1,6 @@
 """The record of a patch, as configs and adapters keep it: checked, read and applied."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +20,19 @@ def recorded_method(record: dict[str, Any]) -> Method:
     return method_from_record(record["method"])
 
 
+def joined(records: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
+    """Return the record of a model's text, with that of its vision inside, from those found."""
+    text = [record for record in records if record.get("target") != "vision"]
+    vision = [record for record in records if record.get("target") == "vision"]
+    if text and vision:
+        return {**text[0], "vision": vision[0]}
+    return next(iter([*text, *vision]), None)
+
+
 def restore(model: nn.Module, record: dict[str, Any]) -> nn.Module:
     """Patch a model as a record says."""
+    if "vision" in record:
+        restore(model, record["vision"])
     layout, visual = record.get("mrope_layout"), record.get("visual_positions")
     return patch_model(
         model,
@@ -30,6 +42,7 @@ def restore(model: nn.Module, record: dict[str, Any]) -> nn.Module:
         layer_types=record.get("layer_types"),
         temperature=record["temperature"],
         replace=True,
+        target=record.get("target", "text"),
         mrope_layout=None if layout is None else MRopeLayout(**layout),
         visual_positions=None if visual is None else VisualPositions(**visual),
         **record.get("lengths", {}),

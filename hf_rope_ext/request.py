@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from hf_rope_ext.axes import axis_names, with_axes
 from hf_rope_ext.checkpoint import ConfigChange, config_changes
@@ -32,10 +32,23 @@ from hf_rope_ext.methods import (
 )
 from hf_rope_ext.positions import LAYOUT_POSITIONS, VisualPositions
 from hf_rope_ext.rotary import Rotation
-from hf_rope_ext.sites import RopeSite, read_sites, window
-from hf_rope_ext.temperature import SoftmaxChange, effective_logit_factor, softmax_changes
+from hf_rope_ext.sites import RopeSite, read_sites
+from hf_rope_ext.temperature import SoftmaxChange, softmax_changes
+from hf_rope_ext.towers import AxialRotation, named, read_towers, tower_axes, tower_changes
 
 TEMPERATURES = ("rotation", "logits")
+TARGETS = ("text", "vision")
+TEXT_ARGUMENTS = (
+    "layer_types",
+    "limit_only",
+    "mrope_layout",
+    "visual_positions",
+    "on_growth",
+    "buckets",
+    "compat",
+    "on_plan",
+)
+"""What only a text model can be asked for."""
 
 
 @dataclass(frozen=True)
@@ -56,6 +69,7 @@ class Request:
     buckets: float | None = None
     compat: str | None = None
     on_plan: Callable[[RequestPlan], None] | None = None
+    target: str = "text"
     knobs: Mapping[str, Any] = field(default_factory=dict)
 
     @classmethod
@@ -82,6 +96,7 @@ class Resolved:
     layout: MRopeLayout | None
     visual: VisualPositions | None
     axes: tuple[str, ...]
+    target: str = "text"
 
     @property
     def has_stock_form(self) -> bool:
@@ -106,6 +121,12 @@ def resolve(request: Request, model: nn.Module) -> Resolved:
     _require_length(
         "original_max_position_embeddings", request.original_max_position_embeddings, least=2
     )
+    if request.target not in TARGETS:
+        raise MethodParameterError(
+            f"target must be one of {', '.join(map(repr, TARGETS))}, got {request.target!r}."
+        )
+    if request.target == "vision":
+        return _resolve_vision(request, model)
     layer_types = _layer_types(request.layer_types)
     sites = read_sites(
         model,
@@ -156,28 +177,41 @@ def resolve(request: Request, model: nn.Module) -> Resolved:
     )
 
 
-def advice(resolved: Resolved) -> list[str]:
-    """Return what the user should know about a patch that went in."""
-    notes = [
-        f"{site.path}: the frequencies were rebuilt from the config, because {site.rebuilt}."
-        for site in resolved.sites
-        if site.rebuilt
+def _resolve_vision(request: Request, model: nn.Module) -> Resolved:
+    """Check a request for the vision towers of a model."""
+    for name in TEXT_ARGUMENTS:
+        if getattr(request, name):
+            raise MethodParameterError(f"{name} is for target='text', got it with 'vision'.")
+    if request.temperature != "rotation":
+        raise MethodParameterError(
+            "temperature='logits' is for target='text'; a vision tower has it in cos and sin."
+        )
+    sites = read_towers(model, request.original_max_position_embeddings)
+    names = tower_axes(sites[0])
+    method = _method(request, named(sites[0].geometry, names))
+    if method.length_dependent:
+        raise MethodParameterError(
+            f"{method.name} follows the length of a request, and a vision tower sees images of all "
+            f"sizes in one; choose a static method for the largest image."
+        )
+    rotations = [
+        AxialRotation(method, site.geometry, site.inv_freq, site.pair_order, names=names)
+        for site in sites
     ]
-    for config in {id(site.config): site.config for site in resolved.sites}.values():
-        site = next(site for site in resolved.sites if site.config is config)
-        notes += [
-            note
-            for note in (
-                _temperature_advice(site, resolved),
-                _window_advice(site, resolved.method),
-                _dropped_key_advice(site),
-                _layout_advice(resolved),
-                _frames_advice(site, resolved),
-                _vendor_advice(site, resolved.method),
-            )
-            if note
-        ]
-    return notes
+    for site, rotation in zip(sites, rotations, strict=True):
+        _require_finite(site, method, *rotation.within())
+    return Resolved(
+        method=method,
+        sites=sites,
+        rotations=list(rotations),
+        temperature=request.temperature,
+        softmax=[],
+        configs=tower_changes(sites, method, {"target_length": request.target_length}),
+        layout=None,
+        visual=None,
+        axes=names,
+        target="vision",
+    )
 
 
 def _layout(given: str | MRopeLayout | None) -> MRopeLayout | None:
@@ -330,14 +364,18 @@ def _rotation(
         turning=turning,
     )
     frequencies, scaling = rotation.within()
-    if not (torch.isfinite(frequencies).all() and math.isfinite(scaling)):
-        raise MethodParameterError(
-            f"{site.path}: {method!r} gives frequencies that are not finite on {site.geometry!r}."
-        )
+    _require_finite(site, method, frequencies, scaling)
     if method.length_dependent:
         _require_per_request(site, method, temperature)
         rotation.at(torch.ones(1, 1, 1, dtype=torch.float64), frequencies, scaling)
     return rotation
+
+
+def _require_finite(site: RopeSite, method: Method, frequencies: Tensor, scaling: float) -> None:
+    if not (torch.isfinite(frequencies).all() and math.isfinite(scaling)):
+        raise MethodParameterError(
+            f"{site.path}: {method!r} gives frequencies that are not finite on {site.geometry!r}."
+        )
 
 
 def _require_per_request(site: RopeSite, method: Method, temperature: str) -> None:
@@ -392,63 +430,3 @@ def _layer_types(value: Sequence[str] | None) -> tuple[str, ...] | None:
     if isinstance(value, str) or not all(isinstance(label, str) for label in value) or not value:
         raise RopeError(f"layer_types must be a list of layer types, got {value!r}.")
     return tuple(value)
-
-
-def _temperature_advice(site: RopeSite, resolved: Resolved) -> str | None:
-    target = resolved.method.target_length(site.geometry)
-    longest = resolved.method.frozen(site.geometry, target) if target else resolved.method
-    scaling = float(longest.plan(site.geometry).attention_scaling)
-    intended, effective = scaling**2, effective_logit_factor(site, scaling)
-    if resolved.temperature == "logits" or math.isclose(intended, effective):
-        return None
-    return (
-        f"{site.path}: {resolved.method.name} means to multiply attention logits by "
-        f"{intended:.3f}, but in model_type={site.config.model_type!r} cos and sin only reach "
-        f"{effective:.3f} of it. Stock transformers has the same; temperature='logits' has not."
-    )
-
-
-def _window_advice(site: RopeSite, method: Method) -> str | None:
-    bound = window(site.config)
-    target = method.target_length(site.geometry)
-    if site.label is not None or bound is None or target is None or target <= bound:
-        return None
-    return (
-        f"{site.path}: the model has layers with a sliding window of {bound} positions; they "
-        f"cannot see past it, whatever their frequencies."
-    )
-
-
-def _dropped_key_advice(site: RopeSite) -> str | None:
-    if "attn_factor" not in site.found:
-        return None
-    return (
-        f"{site.path}: the config's attn_factor={site.found['attn_factor']!r} is dropped; "
-        f"transformers never read it. Pass attention_factor to set the temperature."
-    )
-
-
-def _layout_advice(resolved: Resolved) -> str | None:
-    if resolved.layout is None:
-        return None
-    return (
-        f"mrope_layout={resolved.layout.name!r} is not the layout the model was trained with: it "
-        f"has to be trained before it understands an image; text is as it was."
-    )
-
-
-def _frames_advice(site: RopeSite, resolved: Resolved) -> str | None:
-    visual = resolved.visual
-    if visual is None or not site.family.frames_apart or "t" not in resolved.axes:
-        return None
-    if visual.factors(resolved.axes)[resolved.axes.index("t")] == 1.0:
-        return None
-    return (
-        f"model_type={site.config.model_type!r} cuts videos into single frames with timestamps "
-        f"between them, so the factor of 't' moves nothing; sample fewer frames, or scale the "
-        f"frequencies."
-    )
-
-
-def _vendor_advice(site: RopeSite, method: Method) -> str | None:
-    return site.family.advice(method, site.geometry) if site.family.advice else None

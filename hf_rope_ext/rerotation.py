@@ -51,9 +51,21 @@ class Turning:
     axis: Tensor
     is_scaled: bool
 
+    def mixes_axes(self) -> bool:
+        """Return whether the two coordinates of a pair turn by different axes of the position."""
+        return bool((self.axis[self.partner] != self.axis)[self.turns].any())
+
 
 KeyLayout = Mapping[tuple[int, str], Turning]
 """By cache layer and part; tensors that do not turn are left out."""
+
+
+def axes(rotary: ExtendedRotary) -> int:
+    """Return how many axes the positions of a rotary embedding have."""
+    section = getattr(rotary, "mrope_section", None)
+    if isinstance(section, dict):  # by layer type
+        section = next(iter(section.values()), None)
+    return len(section) if section else 1
 
 
 def turn_keys(
@@ -76,6 +88,14 @@ def turn_keys(
                 f"{type(layer).__name__} keeps rounded keys, which cannot be turned to a longer "
                 f"plan; nothing was changed. Run the loop in `planned(max_length)`."
             )
+    assert plan.positions is not None
+    mixed = any(turning.mixes_axes() for turning in layout.values())
+    if mixed and bool((plan.positions != plan.positions[:1]).any()):
+        raise RopeError(
+            "the two coordinates of a pair turn by different axes of an image's position here, "
+            "which cannot be turned to a longer plan; nothing was changed. Run the loop in "
+            "`planned(max_length)`."
+        )
     for (index, part), turning in layout.items():
         held = getattr(cache.layers[index], part)
         setattr(
@@ -159,7 +179,7 @@ class _Reader:
         self.model = model
         self.rotaries = rotaries
         self.device = next(rotaries[0].buffers()).device
-        self.axes = self._axes()
+        self.axes = max(map(axes, rotaries))
         self.raw = self._run({})
 
     def turnings(self, key: str, pairs: int) -> dict[tuple[int, str], Turning]:
@@ -255,13 +275,6 @@ class _Reader:
                 if isinstance(held, Tensor) and held.ndim == 4:
                     found[index, part] = held.reshape(-1, held.shape[-1]).float().cpu()
         return found
-
-    def _axes(self) -> int:
-        """Return how many axes the positions of the rotary embedding have."""
-        config = self.model.config
-        parameters = getattr(config, "rope_parameters", None) or {}
-        sections = parameters.get("mrope_section") if isinstance(parameters, dict) else None
-        return len(sections) if sections else 1
 
 
 def _nearer(state: Tensor, turned: Tensor, raw: Tensor) -> Tensor:

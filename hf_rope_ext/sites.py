@@ -93,6 +93,24 @@ def read_sites(
     ]
 
 
+def axial_site(rotary: Rotary, original_max_position_embeddings: int) -> RopeSite:
+    """Return the frequencies of a vision tower, which all axes of a patch's position share.
+
+    Raises:
+        RopeError: If its geometry cannot be told for sure.
+    """
+    live = rotary.live(None)
+    with torch.device("cpu"):
+        stock, _ = type(rotary.original).compute_axial_rope_parameters(rotary.own_config)  # type: ignore[union-attr]
+    geometry = RopeGeometry(
+        rotary_dim=2 * live.shape[-1],
+        base=float(rotary.own_config.rope_parameters["rope_theta"]),
+        original_max_position_embeddings=original_max_position_embeddings,
+    )
+    found = {**rotary.parameters(None), "rope_type": "default"}
+    return _checked(RopeSite(rotary, None, geometry, live, found), live, stock)
+
+
 def window(config: Config) -> int | None:
     """Return the bounded attention window some layers have, None where every layer sees all."""
     labels = setting(config, "layer_types") or ()

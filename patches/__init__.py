@@ -15,6 +15,7 @@ from . import (
     several_towers,
     speech,
     tencent,
+    towers,
     unscaled,
     vision,
 )
@@ -32,6 +33,7 @@ FAMILIES: tuple[Family, ...] = (
     *several_towers.FAMILIES,
     *speech.FAMILIES,
     *tencent.FAMILIES,
+    *towers.FAMILIES,
     *unscaled.FAMILIES,
     *vision.FAMILIES,
 )

@@ -7,7 +7,9 @@ FAMILIES = (
     Family(
         model_types=("hunyuan_vl", "hunyuan_vl_text"),
         norm_after_rope=True,
+        # the running position, then column, row and number of the image
         axes=("position", "w", "h", "image"),
         next_text="tokens",
+        row_ends=True,
     ),
 )

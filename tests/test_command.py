@@ -6,6 +6,7 @@ import sys
 
 import pytest
 import torch
+import zoo
 from conftest import tiny_llama
 from test_evals import TEXT, make_tokenizer
 
@@ -72,6 +73,59 @@ def test_plan_shows_factor_methods_memory_and_engines(run, model):
         assert word in out
     status, out, _ = run("plan", model, "--target", "256", "--json")
     assert json.loads(out)["factor"] == 4.0
+
+
+@pytest.fixture(scope="module")
+def vision_model(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("vision_model")
+    zoo.config("qwen2_5_vl").save_pretrained(directory)
+    return str(directory)
+
+
+def test_plan_measures_a_request_with_images_and_videos(run, vision_model):
+    # 4 images of 2 x 4 tokens, 10 frames of 2 x 3 tokens of which two make a step of 4 positions
+    images = ("--image", "128x64", "--images", 4, "--text", 7)
+    video = ("--video", "96x64", "--frames", 10, "--fps", 2)
+
+    status, out, _ = run("plan", vision_model, *images, *video)
+
+    assert status == 0
+    tokens, positions = 7 + 4 * (8 + 2) + (5 * 6 + 2), 7 + 4 * (4 + 2) + 1 + 4 * 4 + 1
+    assert f"{tokens} tokens, {positions} positions (t up to {positions - 1}, h up to" in out
+    assert "assumed: images" in out
+    assert "Within the trained length: nothing needs to be changed." in out
+    status, out, _ = run("plan", vision_model, *images, *video, "--json")
+    assert json.loads(out)["request"]["factor"] == 1.0
+
+    status, out, _ = run("plan", vision_model, *images, *video, "--images", 14)
+    assert status == 0
+    assert "64 -> 109 positions: factor 1.70312" in out
+    assert "yarn" in out
+    assert 'by axis: factor={"t": 1.703125, "h": 1.5, "w": 1.5}' in out
+    assert "note: Qwen2.5-VL's model card advises against YaRN" in out
+    assert f"llama.cpp's --ctx-size must be {7 + 14 * (8 + 2) + 5 * 6 + 2}." in out
+    status, out, _ = run("plan", vision_model, *images, *video, "--images", 14, "--json")
+    found = json.loads(out)
+    assert found["factor"] == found["request"]["factor"] == 109 / 64
+    assert found["request"]["largest"] == {"t": 108, "h": 95, "w": 95}
+    # the cache holds tokens: 2 layers, keys and values, 2 heads of 16 numbers of 2 bytes
+    assert found["cache_bytes"] == found["request"]["tokens"] * 2 * 2 * 2 * 16 * 2
+    assert "limit_only=True" in found["advice"][0]
+
+
+def test_plan_takes_grids_of_patches(run, vision_model):
+    _, pixels, _ = run("plan", vision_model, "--video", "96x64", "--frames", 10, "--json")
+    _, patches, _ = run("plan", vision_model, "--video", "5x4x6", "--json")
+
+    _, faster, _ = run("plan", vision_model, "--video", "5x4x6", "--fps", 4, "--json")
+    _, longer, _ = run("plan", vision_model, "--video", "5x4x6", "--original", 16, "--json")
+
+    assert json.loads(faster)["request"]["largest"]["t"] == 1 + 4 * 2
+    assert json.loads(longer)["request"]["factor"] == (1 + 4 * 4 + 1) / 16
+    pixels, patches = json.loads(pixels)["request"], json.loads(patches)["request"]
+    assert pixels.pop("assumed")
+    assert not patches.pop("assumed")
+    assert pixels == patches
 
 
 def test_export_prints_what_the_engine_takes(run, model):
@@ -158,12 +212,19 @@ def test_plot_draws_curves(run, model, tmp_path):
     [
         (("inspect", "no/such/model"), "cannot read a model's config"),
         (("plan", "{model}", "--target", "32"), "within the trained length 64"),
+        (
+            ("plan", "{model}", "--target", "4x", "--text", "9"),
+            "give either --target, or a request",
+        ),
+        (("plan", "{model}", "--image", "64x64"), "has no M-RoPE"),
+        (("plan", "{model}", "--image", "64"), "neither WIDTHxHEIGHT in pixels"),
         (("plan", "{model}", "--target", "soon"), "neither a number of tokens"),
         (("plan", "{model}", "--target", "4x", "--methods", "yarm"), "Did you mean 'yarn'"),
         (("export", "{model}", "--method", "yarn", "--factor", "0.5"), "at least 1, got 0.5"),
         (("export", "{model}", "--method", "yarn"), "yarn needs factor"),
         (("export", "{model}", "--method", "yarn", "--factor", "4", "--to", "x"), "unknown target"),
-        (("compare", "{model}"), "give --text FILE"),
+        (("compare", "{model}"), "need a long text: --text FILE"),
+        (("compare", "--tasks", "rope_vniah"), "has no processor"),
         (("compare", "{model}", "--text", "nowhere.txt"), "cannot read the text"),
         (("compare", "{model}", "--text", "{text}", "--lengths", "900x"), "tokens, but a length"),
         (("compare", "{model}", "--text", "{text}", "--dtype", "int8"), "dtype must be"),

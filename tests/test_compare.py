@@ -6,13 +6,16 @@ import json
 import math
 import random
 from pathlib import Path
+from string import ascii_letters
 from types import SimpleNamespace
 
 import pytest
 import torch
 from conftest import tiny_llama
 from test_evals import TEXT, make_tokenizer, wide_llama
+from tokenizers import Tokenizer, models
 from torch import nn
+from transformers import PreTrainedTokenizerFast
 
 from hf_rope_ext import RopeError, patch_model, patched
 from hf_rope_ext.evals.answering import Shared, answer, to_row
@@ -460,7 +463,7 @@ def test_weighted_averages_of_one_score_are_that_score():
         (("rope_passky",), {}, "unknown task 'rope_passky'. Did you mean 'rope_passkey'"),
         (("rope_ppl:mode=slide",), {}, "mode must be one of"),
         (("rope_ppl:foo=1",), {}, "rope_ppl: got an unexpected keyword argument 'foo'"),
-        (("rope_ppl",), {"text": ""}, "need a text"),
+        (("rope_ppl",), {"text": ""}, "need a long text"),
         (("rope_short",), {"text": "too short"}, "tokens, but a length of"),
         (("rope_kv",), {"lengths": (64,)}, "has no room for the task"),
         (("rope_ruler",), {}, "data must be a local JSON file"),
@@ -470,6 +473,19 @@ def test_weighted_averages_of_one_score_are_that_score():
 def test_bad_tasks_are_one_error_before_anything_is_measured(tokenizer, tasks, changes, message):
     with pytest.raises(RopeError, match=message):
         compare(small(tokenizer, tasks=tasks, **changes))
+
+
+@pytest.mark.parametrize("unknown", ["<unk>", None])
+@pytest.mark.parametrize("task", ["passkey", "rope_passkey", "rope_passkey_ll", "rope_add"])
+def test_a_tokenizer_that_cannot_write_the_answer_is_refused(task, unknown):
+    letters = ["<unk>", *sorted(set(TEXT + ascii_letters) - set("0123456789"))]
+    backend = Tokenizer(
+        models.BPE(dict(zip(letters, range(99), strict=False)), [], unk_token=unknown)
+    )
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, unk_token=unknown)
+
+    with pytest.raises(RopeError, match=rf"{task}: this tokenizer has no tokens for the answer"):
+        compare(small(tokenizer, tasks=(task,), lengths=(700,)))
 
 
 def test_groups_stand_for_their_tasks(tokenizer):

@@ -23,6 +23,7 @@ def run(name):
     [
         ("read_further", ["2043 tokens", "yarn:      48213"]),
         ("save_for_stock_tools", ["written as: longrope", "llama.cpp: --rope-scaling yarn"]),
+        ("read_images", ["1289 tokens, 329 positions", "factor 10.0703", "as it was: True"]),
         ("only_when_needed", ["  unchanged: True", "  factors [2.1484375]", "  factors [3.90625]"]),
     ],
 )

@@ -1,8 +1,12 @@
 """The commands, the example and its recipes, quantized weights, and the memory estimate."""
 
+import importlib.machinery
 import json
+import os
 import runpy
+import subprocess
 import sys
+import types
 from pathlib import Path
 
 import pytest
@@ -11,6 +15,7 @@ import yaml
 from accelerate.commands.launch import launch_command_parser
 from conftest import logits, tiny_llama
 from finetuning import recipe, training, write_model, write_text
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from hf_rope_ext import RopeError, load_pretrained, patch_model
@@ -163,6 +168,86 @@ def test_liger_is_named_where_it_is_missing(tmp_path, model, data, monkeypatch):
         finetune(recipe(model, data, loss="liger"), training(tmp_path / "out"))
 
 
+@pytest.fixture
+def liger(monkeypatch):
+    """A stand-in for liger-kernel, which needs triton: it knows llama and replaces its forward."""
+    asked = {}
+
+    def llama(
+        rope=True,
+        cross_entropy=False,
+        fused_linear_cross_entropy=True,
+        rms_norm=True,
+        swiglu=True,
+        model=None,
+    ):
+        raise AssertionError
+
+    def apply(model, **kernels):
+        asked.update(kernels)
+        plain = model.forward
+        model.forward = lambda *args, **kwargs: plain(*args, **kwargs)
+
+    spec = importlib.machinery.ModuleSpec("liger_kernel", None)
+    package, part, patches = (types.ModuleType(name) for name in ("liger_kernel", "a", "b"))
+    package.__spec__, part._apply_liger_kernel_to_instance = spec, apply
+    patches.MODEL_TYPE_TO_APPLY_LIGER_FN = {"llama": llama, "paligemma": lambda model=None: None}
+    monkeypatch.setitem(sys.modules, "liger_kernel", package)
+    monkeypatch.setitem(sys.modules, "liger_kernel.transformers", part)
+    monkeypatch.setitem(sys.modules, "liger_kernel.transformers.monkey_patch", patches)
+    monkeypatch.setattr("transformers.integrations.liger.is_liger_kernel_available", lambda: True)
+    return asked
+
+
+def test_liger_is_asked_for_its_loss_and_no_other_kernel(tmp_path, model, data, liger, monkeypatch):
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    finetune(
+        recipe(model, data, loss="liger"),
+        training(tmp_path / "out", max_steps=1, save_strategy="no", eval_strategy="no"),
+    )
+
+    assert {name for name, used in liger.items() if used} == {"fused_linear_cross_entropy"}
+    assert liger["rope"] is False
+
+
+def test_liger_is_refused_where_it_would_do_nothing(tmp_path, model, data, liger, monkeypatch):
+    with pytest.raises(RopeError, match="needs a GPU"):
+        finetune(recipe(model, data, loss="liger"), training(tmp_path / "out"))
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    other = write_model(tmp_path / "other")
+    config = json.loads((other / "config.json").read_text())
+    config |= {"model_type": "helium", "architectures": ["HeliumForCausalLM"], "head_dim": 16}
+    (other / "config.json").write_text(json.dumps(config))
+    with pytest.raises(RopeError, match="no fused loss for 'helium'"):
+        finetune(recipe(other, data, loss="liger"), training(tmp_path / "out"))
+
+
+@pytest.mark.slow
+def test_ligers_own_loss_trains_as_the_chunked_one(tmp_path, model, data):
+    """On CPUs in triton's interpreter, which has to be chosen before triton is imported."""
+    pytest.importorskip("liger_kernel")
+    script = (
+        "import sys; sys.path.insert(0, sys.argv[1])\n"
+        "from pathlib import Path\n"
+        "from finetuning import recipe, training\n"
+        "from hf_rope_ext.finetune import finetune\n"
+        "model, data, out = map(Path, sys.argv[2:])\n"
+        "how = {'max_steps': 2, 'save_strategy': 'no', 'eval_strategy': 'no'}\n"
+        "for loss in ('chunked', 'liger'):\n"
+        "    finetune(recipe(model, data, loss=loss), training(out / loss, **how))\n"
+    )
+    words = [str(Path(__file__).parent), str(model), str(data), str(tmp_path)]
+    environment = {**os.environ, "TRITON_INTERPRET": "1"}
+    subprocess.run([sys.executable, "-c", script, *words], env=environment, check=True)
+    liger, chunked = (
+        load_file(tmp_path / loss / "adapter_model.safetensors") for loss in ("liger", "chunked")
+    )
+
+    assert liger.keys() == chunked.keys()
+    for name, weight in chunked.items():
+        torch.testing.assert_close(liger[name], weight, rtol=1e-3, atol=2e-5, msg=name)
+
+
 def test_the_estimate_counts_weights_and_moments_exactly_and_follows_the_settings():
     model = with_adapter(patch_model(tiny_llama(num_hidden_layers=6), "yarn", factor=4))
     weights = sum(one.numel() for one in model.parameters())
@@ -176,3 +261,37 @@ def test_the_estimate_counts_weights_and_moments_exactly_and_follows_the_setting
     assert estimate_memory(model, 1000, offload=True).activations < found.activations
     assert estimate_memory(model, 1000, loss_chunk=None).loss == 1000 / 512 * found.loss
     assert estimate_memory(model, 1000, shards=2).weights == found.weights // 2
+
+
+def test_the_estimate_is_of_the_device_that_trains_not_of_the_one_that_loaded(monkeypatch):
+    model = with_adapter(patch_model(tiny_llama(), "yarn", factor=4))
+    free = {"cpu": 10**6, "cuda": 10**5}
+    monkeypatch.setattr("hf_rope_ext.finetune.memory._free", lambda device: free[device.type])
+
+    here = estimate_memory(model, 1000)
+    there = estimate_memory(model, 1000, device=torch.device("cuda", 0))
+
+    assert here.available == 10**6 + here.weights
+    assert (there.available, there.device, there.total) == (10**5, "cuda:0", here.total)
+
+
+def test_the_docs_numbers_are_those_of_the_committed_results():
+    root = EXAMPLES.parent
+    docs = (root / "docs" / "finetuning.md").read_text(encoding="utf-8")
+    rows = [line.split("|")[3:-1] for line in docs.splitlines() if " ± " in line]
+    found = json.loads((root / "benchmarks" / "results" / "finetune_bundled.json").read_text())
+    assert found["settings"]["seeds"] == 3
+    expected = [
+        (own["before"][name]["mean"], own["after"][name]["mean"], own["after"][name]["stdev"])
+        for own in found["results"].values()
+        for task in ("perplexity", "passkey")
+        for name in (f"{task}_{length}" for length in (512, 1024, 2048, 4096))
+    ]
+
+    cells = [cell for row in rows for cell in row]
+    assert len(cells) == len(expected) == 32
+    for cell, numbers in zip(cells, expected, strict=True):
+        share = 100 if "%" in cell else 1
+        rounding = 0.501 if share == 100 else max(0.00501, 0.0025 * numbers[0])
+        shown = [float(word.strip(" %")) for word in cell.replace("±", "→").split("→")]
+        assert shown == pytest.approx([share * number for number in numbers], abs=rounding)

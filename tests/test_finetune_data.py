@@ -5,7 +5,7 @@ import json
 
 import pytest
 import torch
-from datasets import Dataset, load_from_disk
+from datasets import Dataset, DatasetDict, load_from_disk
 from finetuning import byte_tokenizer, documents
 
 from hf_rope_ext import RopeError
@@ -65,6 +65,29 @@ def test_every_form_of_the_same_text_gives_the_same_tokens(form, tmp_path):
     rows = load_documents(source, byte_tokenizer())
 
     assert tokens(rows) == by_hand([one for one in texts if one])
+
+
+@pytest.mark.parametrize("saved", [True, False])
+def test_a_directory_has_splits_and_they_are_named(saved, tmp_path):
+    """As `save_to_disk` writes it, or with a Parquet file for each split, as on the hub."""
+    parts = {"train": documents(3), "validation": ["held out"]}
+    data = {name: Dataset.from_dict({"text": texts}) for name, texts in parts.items()}
+    path = tmp_path / "data"
+    if saved:
+        DatasetDict(data).save_to_disk(path)
+    else:
+        path.mkdir()
+        for name, part in data.items():
+            part.to_parquet(path / f"{name}.parquet")
+
+    def load(split):
+        source = Source(str(path), split=split, cache=tmp_path / "cache")
+        return tokens(load_documents(source, byte_tokenizer()))
+
+    assert load("train") == by_hand(documents(3))
+    assert load("validation") == by_hand(["held out"])
+    with pytest.raises(RopeError, match="no split 'test'; it has train, validation"):
+        load("test")
 
 
 def test_tokenising_is_done_once(tmp_path, monkeypatch):
@@ -203,6 +226,8 @@ def test_what_cannot_be_read_is_named(tmp_path):
     ):
         with pytest.raises(RopeError, match=match):
             load_documents(Source(str(path), cache=tmp_path / "cache"), byte_tokenizer())
+    with pytest.raises(RopeError, match="cache: cannot make"):
+        load_documents(Source(str(broken), cache=empty / "cache"), byte_tokenizer())
     with pytest.raises(RopeError, match="no column 'text'; it has words"):
         load_documents(Source(Dataset.from_dict({"words": ["a"]})), byte_tokenizer())
     with pytest.raises(RopeError, match="holds int, not text"):

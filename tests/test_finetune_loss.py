@@ -48,6 +48,38 @@ def test_loss_and_gradients_are_those_of_the_full_logits(ids, tied, items):
     assert_same_step(tiny_llama(tie_word_embeddings=tied), ids, num_items_in_batch=items)
 
 
+@pytest.mark.parametrize("tied", [False, True])
+def test_mixed_precision_trains_as_before(ids, tied):
+    """Under autocast the head's weight is cast once and the cast kept for every chunk."""
+    model = tiny_llama(tie_word_embeddings=tied)
+
+    def mixed():
+        model.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = model(ids, labels=labels_of(ids), use_cache=False).loss
+        loss.backward()
+        return loss.detach(), torch.cat([weight.grad.flatten() for weight in model.parameters()])
+
+    loss, grad = mixed()
+    with chunked_loss(model, 7):
+        found, found_grad = mixed()
+
+    torch.testing.assert_close(found, loss, rtol=1e-4, atol=0.0)
+    assert (found_grad - grad).norm() < 1e-2 * grad.norm()
+    assert all(weight.grad.dtype == torch.float32 for weight in model.parameters())
+
+
+def test_a_batch_with_nothing_to_predict_adds_nothing(ids):
+    model = tiny_llama()
+    with chunked_loss(model, 7):
+        labels = torch.full_like(ids, -100)
+        loss = model(ids, labels=labels, num_items_in_batch=torch.tensor(5), use_cache=False).loss
+        loss.backward()
+
+    assert float(loss.detach()) == 0.0
+    assert all(not weight.grad.any() for weight in model.parameters() if weight.grad is not None)
+
+
 @pytest.mark.parametrize("targets", [["q_proj"], ["q_proj", "lm_head"]])
 def test_a_frozen_and_an_adapted_head_train_as_before(ids, targets):
     torch.manual_seed(1)
@@ -91,6 +123,18 @@ class Largest(TorchDispatchMode):
             if isinstance(one, torch.Tensor):
                 self.numbers = max(self.numbers, one.numel())
         return out
+
+
+def test_the_head_runs_once_for_each_chunk(ids):
+    """Checkpointing would run it again in the backward pass."""
+    model = tiny_llama()
+    seen = []
+    model.lm_head.register_forward_hook(lambda module, inputs, output: seen.append(output.shape[1]))
+    with chunked_loss(model, 150, probe=False):
+        model(ids, labels=ids, use_cache=False).loss.backward()
+
+    rows = ids.shape[0] * (ids.shape[1] - 1)
+    assert [count for count in seen if count] == [150, 150, rows - 300]
 
 
 def test_no_tensor_is_as_large_as_the_logits():

@@ -9,15 +9,17 @@ import subprocess
 import sys
 from pathlib import Path
 
+import finetuning
 import pytest
 import torch
+import zoo
 from conftest import TRAINED, logits
 from finetuning import recipe, training, write_model, write_text
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, Trainer
 
 from hf_rope_ext import RopeError, load_pretrained
-from hf_rope_ext.finetune import RememberRope, finetune, parse, with_adapter
+from hf_rope_ext.finetune import RememberRope, finetune, merge_adapter, parse, with_adapter
 from hf_rope_ext.finetune.trainer import last_checkpoint
 from hf_rope_ext.patching import patch_model, patch_of
 
@@ -74,8 +76,9 @@ def test_a_run_leaves_an_adapter_a_log_a_curve_and_numbers(tmp_path, model, data
 
 def test_the_chunked_loss_trains_as_the_plain_one(tmp_path, model, data):
     runs = {}
+    how = {"save_strategy": "no", "gradient_accumulation_steps": 2}
     for loss in ("chunked", "plain"):
-        finetune(recipe(model, data, loss=loss), training(tmp_path / loss, save_strategy="no"))
+        finetune(recipe(model, data, loss=loss), training(tmp_path / loss, **how))
         runs[loss] = weights(tmp_path / loss)
 
     assert_same(runs["chunked"], runs["plain"], rtol=1e-3, atol=2e-5)
@@ -89,6 +92,13 @@ def test_activation_checkpointing_changes_nothing(tmp_path, model, data):
         finetune(recipe(model, data), arguments)
 
     assert_same(weights(tmp_path / "with"), weights(tmp_path / "without"), rtol=0, atol=1e-6)
+
+
+def test_activations_are_not_offloaded_from_where_they_are_already(tmp_path, model, data):
+    how = {"activation_checkpointing": True, "activation_checkpointing_kwargs": {"offload": True}}
+    with pytest.raises(RopeError, match="offload needs a GPU"):
+        finetune(recipe(model, data), training(tmp_path / "out", **how))
+    assert not (tmp_path / "out").exists()
 
 
 def resumable(model, data, out, **settings):
@@ -260,6 +270,27 @@ def test_full_fine_tuning_leaves_a_model_that_stock_loads(tmp_path, model, data,
     torch.testing.assert_close(logits(found, ids), expected, rtol=0, atol=0)
 
 
+@pytest.mark.filterwarnings("ignore:Qwen2.5-VL's model card")
+def test_a_vision_language_model_is_tuned_on_text(tmp_path, data, ids):
+    base = tmp_path / "base"
+    write_model(base)  # for its tokenizer
+    model = zoo.build("qwen2_5_vl")
+    model.resize_token_embeddings(finetuning.VOCABULARY, mean_resizing=False)
+    model.save_pretrained(base)
+
+    how = training(tmp_path / "out", max_steps=2)
+    done = finetune(recipe(base, data, method="linear"), how)
+
+    assert done.after["perplexity_128"] < done.before["perplexity_128"]
+    assert not any("visual" in name for name in weights(tmp_path / "out"))
+    expected = logits(done.model.eval(), ids)
+    found = load_pretrained(tmp_path / "out").eval()
+    torch.testing.assert_close(logits(found, ids), expected, rtol=0, atol=0)
+    merge_adapter(tmp_path / "out", tmp_path / "merged")
+    stock = type(model).from_pretrained(tmp_path / "merged").eval()
+    torch.testing.assert_close(logits(stock, ids), expected, rtol=1e-3, atol=1e-3)
+
+
 def test_what_does_not_fit_is_refused_before_it_starts(tmp_path, model, data, monkeypatch):
     monkeypatch.setattr("hf_rope_ext.finetune.memory._free", lambda device: 1000)
 
@@ -303,6 +334,11 @@ def test_a_recipe_is_a_file_with_flags_over_it(tmp_path):
         ("", ["--factr", "2"], "Did you mean 'factor'"),
         ("adapter: lroa", [], "adapter must be one of"),
         ("loss: fast", [], "loss must be one of"),
+        ("factor: 0.5", [], r"factor must be at least 1, got 0\.5"),
+        ("sequence_length: 0", [], "sequence_length must be at least 2, got 0"),
+        ("", ["--loss_chunk", "0"], "loss_chunk must be at least 1, got 0"),
+        ("factor: .nan", [], "factor: nan is not a float"),
+        ("lora_dropout: 1", [], r"lora_dropout must be from 0 to below 1, got 1\.0"),
         ("factor: 2\ntarget_length: 8", [], "not both"),
         ("factor_schedule: 4:2,2:2", [], "factors of at least 1 that grow"),
         ("factor_schedule: 4x2", [], "is not factor:steps"),
@@ -321,6 +357,13 @@ def test_a_recipe_without_a_model_or_data_is_refused(tmp_path, model, data):
     for change, match in (({"model": ""}, "no model"), ({"data": ""}, "no data")):
         with pytest.raises(RopeError, match=match):
             finetune(dataclasses.replace(recipe(model, data), **change), training(tmp_path / "o"))
+
+
+def test_where_nothing_can_be_written_nothing_is_started(tmp_path, model, data):
+    with pytest.raises(RopeError, match="nothing can be written to"):
+        finetune(recipe(model, data), training(data / "out"))
+    with pytest.raises(RopeError, match="nothing can be written to"):
+        finetune(recipe(model, data), training(Path("/proc/self/out")))
 
 
 def test_a_base_that_was_saved_patched_is_refused(tmp_path, model, data):

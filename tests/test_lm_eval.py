@@ -12,7 +12,7 @@ from test_evals import TEXT, make_tokenizer
 
 from hf_rope_ext import RopeError, load_pretrained, patch_model, patched, save_pretrained
 from hf_rope_ext.evals.lm import RopeHFLM
-from hf_rope_ext.evals.log_probs import token_log_probs
+from hf_rope_ext.evals.scoring import score_tokens
 
 LONG = 4 * TRAINED
 
@@ -358,7 +358,7 @@ def test_logits_in_chunks_are_the_logits(model, chunk):
     where = torch.cartesian_prod(torch.arange(2), torch.arange(49))
     targets = ids[:, 1:].flatten()
 
-    scores = token_log_probs(model, ids, where, targets, chunk=chunk)
+    scores = score_tokens(model, ids, where, targets, chunk=chunk)
 
     rows, positions = where.unbind(1)
     assert torch.allclose(scores.log_probs, full[rows, positions, targets], atol=1e-5)
@@ -371,6 +371,6 @@ def test_no_more_logits_than_a_chunk_are_ever_made(model):
     ids = torch.randint(0, 512, (2, 50))
     where = torch.cartesian_prod(torch.arange(2), torch.arange(49))
 
-    token_log_probs(model, ids, where, ids[:, 1:].flatten(), chunk=7)
+    score_tokens(model, ids, where, ids[:, 1:].flatten(), chunk=7)
 
     assert max(made) == 7

@@ -5,7 +5,9 @@ import logging
 import os
 import subprocess
 import sys
+from pathlib import Path
 
+import lm_eval
 import pytest
 from conftest import tiny_llama
 from lm_eval import simple_evaluate
@@ -178,6 +180,62 @@ def test_stock_tasks_run_unchanged(saved, command, tmp_path):
     assert status == 0
     assert numbers(ours) == numbers(plain)
     assert ours["config"]["rope"]["method"] is None
+
+
+def test_lm_evals_hellaswag_runs_unchanged_on_rows_of_ones_own(
+    saved, command, tmp_path, monkeypatch
+):
+    rows = [
+        {
+            "activity_label": "Cooking",
+            "ctx_a": f"The cook takes {number} eggs [step].",
+            "ctx_b": "he",
+            "endings": ["breaks them.", "sings.", f"counts {number} eggs.", "leaves."],
+            "label": str(number % 4),
+        }
+        for number in range(5)
+    ]
+    # the name of the data set in the task's file is a directory here
+    data = tmp_path / "Rowan" / "hellaswag"
+    data.mkdir(parents=True)
+    for split in ("train", "validation"):
+        (data / f"{split}.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    monkeypatch.chdir(tmp_path)
+    own = str(Path(lm_eval.__file__).parent / "tasks" / "hellaswag")
+    stock = TaskManager(include_path=own, include_defaults=False)
+
+    plain = simple_evaluate(
+        "hf", f"pretrained={saved}", tasks=["hellaswag"], task_manager=stock, device="cpu"
+    )
+    status, _, ours = command(
+        *("--model_args", f"pretrained={saved}", "--include_path", own, "--tasks", "hellaswag")
+    )
+
+    assert status == 0
+    assert numbers(ours) == numbers(plain)
+    assert ours["n-samples"]["hellaswag"]["original"] == 5
+
+
+def test_lm_evals_ruler_runs_unchanged_on_a_patched_model(saved, command, monkeypatch):
+    generator = pytest.importorskip("lm_eval.tasks.ruler.prepare_niah")
+    own = str(Path(generator.__file__).parent)
+    whole = generator.generate_samples
+
+    def fewer(*args, **settings):  # than 500
+        return whole(*args, **{**settings, "num_samples": 2})
+
+    monkeypatch.setattr(generator, "generate_samples", fewer)
+
+    status, _, results = command(
+        *("--model_args", f"pretrained={saved},method=yarn,factor=12", "--include_path", own),
+        *("--tasks", "niah_single_1", "--limit", "2"),
+        *("--metadata", json.dumps({"tokenizer": saved, "max_seq_lengths": [1024]})),
+    )
+
+    assert status == 0
+    assert results["results"]["niah_single_1"]["1024,none"] == 0.0
+    assert results["n-samples"]["niah_single_1"]["original"] == 2
+    assert results["config"]["rope"]["method"]["name"] == "yarn"
 
 
 @pytest.mark.parametrize("model", ["hf_rope", "hf"])

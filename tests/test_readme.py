@@ -7,10 +7,12 @@ from pathlib import Path
 
 import pytest
 import torch
+import zoo
+import zoo_images
 from rich.console import Console
 from transformers import AutoModelForCausalLM
 
-from hf_rope_ext import assets, available_methods, request_plan
+from hf_rope_ext import assets, available_methods, describe, request_plan
 from hf_rope_ext.evals.report import load_report
 
 ROOT = Path(__file__).parent.parent
@@ -49,6 +51,28 @@ def test_the_code_runs_as_it_stands(tmp_path, monkeypatch):
 
     assert stock.config.max_position_embeddings == 131072
     assert request_plan(names["output"]).lengths.tolist() == [25]
+
+
+@pytest.mark.filterwarnings("ignore::hf_rope_ext.errors.RopeWarning")
+def test_the_code_for_images_runs_as_it_stands():
+    section = README.partition("## Images and video")[2].partition("\n## ")[0]
+    vlm = zoo.build("qwen2_vl")
+    names = {
+        "vlm": vlm,
+        "processor": lambda **_: zoo_images.image_inputs(vlm),
+        "prompt": "",
+        "images": [],
+        "queries": torch.randn(1, 2, 4, 80),
+        "positions": torch.cartesian_prod(torch.arange(2), torch.arange(2)),
+    }
+
+    for block in re.findall(r"```python\n(.*?)```", section, flags=re.DOTALL):
+        exec(block, names)
+
+    found = describe(vlm)
+    assert found.mrope_layout["name"] == "videorope"
+    assert found.vision is not None
+    assert 1 < names["found"].factor < 2
 
 
 def test_every_method_is_in_the_table():

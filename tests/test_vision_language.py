@@ -154,7 +154,7 @@ def test_padding_is_not_measured():
     model = zoo.build("llama")
     mask = torch.tensor([[0] * 60 + [1] * 40, [1] * 100])
 
-    found = request_length(model, input_ids=torch.zeros(2, 100).long(), attention_mask=mask[:1])
+    found = request_length(model, input_ids=torch.zeros(1, 100).long(), attention_mask=mask[:1])
 
     assert found.positions == 40
     with pytest.raises(RopeError, match="input_ids must be a tensor"):

@@ -339,6 +339,7 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "cosmos3_omni": _SEES_IMAGES,
     "ernie4_5_vl_moe": _SEES_IMAGES,
     "glm46v": _SEES_IMAGES,
+    "glmga": _SEES_IMAGES,
     "glm4v": _SEES_IMAGES,
     "glm4v_moe": _SEES_IMAGES,
     "glm_image": _SEES_IMAGES,

@@ -54,6 +54,7 @@ FAMILIES = {
     "glm4v_moe": Seen(image=False, video="frames", video_token=IMAGE),
     "glm_image": Seen(_ONE_FRAME, merge=1),
     "glm_ocr": Seen(),
+    "glmga": Seen(),
     "hunyuan_vl": Seen(_ONE_FRAME, more=(1, 2)),
     "minicpmv4_7": Seen((3, 16, 16), merge=4, video="frames"),
     "neomme": Seen(_ONE_FRAME, merge=1, more=(0, 1)),

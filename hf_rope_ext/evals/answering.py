@@ -17,6 +17,10 @@ from hf_rope_ext.patching import patch_of
 PREFILL = 4096
 """Tokens of a prompt that go through the layers at once where a cache is filled."""
 
+WORTH_KEEPING = 0.125
+"""Share of a row that a shared beginning must be: attention to a cache is masked, not causal, and
+costs up to twice as much."""
+
 Document = dict[str, Any]
 Result = dict[str, float]
 
@@ -83,6 +87,8 @@ class Shared:
     def fill(self, ids: list[int], last: int) -> Tensor:
         """Run a row and return the logits of its last positions, ``(last, vocabulary)``."""
         begun = min(_common(ids, self.ids), len(ids) - last)
+        if begun < WORTH_KEEPING * len(ids):
+            begun = 0
         self.crop(begun)
         device = next(self.model.parameters()).device
         rest = torch.tensor([ids[begun:]], device=device)
@@ -196,7 +202,7 @@ def _with_shared(shared: Shared, tokenizer: Any, row: Row) -> Result:
         wanted = torch.tensor(row.ids[-row.targets :], device=logits.device)
         found = torch.log_softmax(logits, dim=-1).gather(-1, wanted[:, None])
         greedy = logits.argmax(-1) == wanted
-        return _forced(found.double().cpu(), greedy.cpu())
+        return forced(found.double().cpu(), greedy.cpu())
     shared.fill(row.ids, 1)
     # the last token is run again, by generate
     shared.crop(len(row.ids) - 1)
@@ -219,11 +225,11 @@ def _plain(model: nn.Module, tokenizer: Any, rows: list[Row]) -> list[Result]:
     for number, (row, begin) in enumerate(zip(rows, begins, strict=True)):
         first = begin - min(begins)
         own = slice(first, first + row.targets)
-        results.append(_forced(scores.log_probs[number, own], scores.greedy[number, own]))
+        results.append(forced(scores.log_probs[number, own], scores.greedy[number, own]))
     return results
 
 
-def _forced(log_probs: Tensor, greedy: Tensor) -> Result:
+def forced(log_probs: Tensor, greedy: Tensor) -> Result:
     """Return 1 if every token of the target is the likeliest, and how likely they are."""
     return {
         "score": float(greedy.all()),

@@ -44,6 +44,7 @@ class Comparison:
         seed: Of the documents.
         name: What the model is called in the report.
         replace: Whether methods replace a scaling in the model's own config.
+        processor: Its processor, for tasks that show images.
     """
 
     model: nn.Module
@@ -58,6 +59,7 @@ class Comparison:
     seed: int = 0
     name: str = "model"
     replace: bool = False
+    processor: Any = None
 
     @cached_property
     def measures(self) -> dict[str, Measure]:
@@ -75,6 +77,7 @@ class Comparison:
             self.targets,
             self.samples,
             self.seed,
+            self.processor,
         )
         return make_measures(self.tasks, bench)
 
@@ -169,6 +172,7 @@ def evaluate(
     seed: int = 42,
     name: str = "model",
     beyond: bool = False,
+    processor: Any = None,
     output: Path | None = None,
     on_progress: Progress | None = None,
     max_minutes: float | None = None,
@@ -185,6 +189,7 @@ def evaluate(
         seed: Of the documents.
         name: What the model is called in the report.
         beyond: Whether to measure past the length the model says it reads.
+        processor: Its processor, for tasks that show images.
         output: As in `compare`.
         on_progress: As in `compare`.
         max_minutes: As in `compare`.
@@ -215,6 +220,7 @@ def evaluate(
         samples=samples,
         seed=seed,
         name=name,
+        processor=processor,
     )
     settings = comparison.settings()
     _check(comparison)

@@ -23,7 +23,7 @@ from hf_rope_ext.describe import Description, describe
 from hf_rope_ext.errors import RopeError, UnsupportedModelError
 from hf_rope_ext.evals.lm_arguments import base_of, require_effect, split
 from hf_rope_ext.evals.lm_windows import TokenRequest, Window
-from hf_rope_ext.evals.log_probs import token_log_probs
+from hf_rope_ext.evals.scoring import score_tokens
 from hf_rope_ext.loading import read_config
 from hf_rope_ext.patching import patch_model, patch_of
 from hf_rope_ext.records import restore
@@ -326,7 +326,7 @@ class RopeHFLM(HFLM):  # type: ignore[misc]
             dtype=self.mixed_precision_dtype,
             enabled=self.mixed_precision_dtype is not None,
         ):
-            return token_log_probs(
+            return score_tokens(
                 self.model,
                 pad_and_concat(max(map(len, rows)), tensors, padding_side="right"),
                 where,

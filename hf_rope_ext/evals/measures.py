@@ -8,11 +8,19 @@ from typing import Any, Protocol
 from torch import Tensor, nn
 
 from hf_rope_ext.errors import RopeError
-from hf_rope_ext.evals.answering import Result, Row, answer, to_row
+from hf_rope_ext.evals.answering import Row, answer, to_row
+from hf_rope_ext.evals.films import FilmMeasure
 from hf_rope_ext.evals.passkey import PasskeyTask
 from hf_rope_ext.evals.perplexity import LongPerplexityTask, PerplexityTask
-from hf_rope_ext.evals.statistics import wilson
-from hf_rope_ext.evals.tasks import TASKS, build_dataset, make_task, require_known
+from hf_rope_ext.evals.statistics import by_place
+from hf_rope_ext.evals.tasks import (
+    TASKS,
+    build_dataset,
+    make_task,
+    require_known,
+    with_options,
+)
+from hf_rope_ext.evals.tasks.visual_needle import VisualNeedle
 from hf_rope_ext.evals.text import tokenize
 from hf_rope_ext.parsing import parse_tasks
 
@@ -24,6 +32,10 @@ GROUPS = {
     "rope_babi": [name for name in TASKS if name.startswith("rope_babi_")],
 }
 """Names that stand for several tasks."""
+
+
+FILM_TASKS = {"rope_vniah": VisualNeedle(), "rope_vniah_d": VisualNeedle(period=8)}
+"""Tasks over drawn frames, for models with a processor."""
 
 
 class Measure(Protocol):
@@ -61,6 +73,7 @@ class Bench:
         targets: Tokens scored at each place.
         samples: Documents per length, and per depth where a task has depths.
         seed: Of the documents.
+        processor: The model's, where it takes images.
     """
 
     tokenizer: Any
@@ -71,12 +84,16 @@ class Bench:
     targets: int = 64
     samples: int = 50
     seed: int = 0
+    processor: Any = None
 
     @cached_property
     def ids(self) -> Tensor:
         """The text's tokens."""
         if not self.text:
-            raise RopeError("perplexity and the passkey task need a text; give one.")
+            raise RopeError(
+                "perplexity and the passkey task need a long text: --text FILE on the command "
+                "line, text=... in Python."
+            )
         return tokenize(self.tokenizer, self.text)
 
     @property
@@ -158,22 +175,8 @@ class DocumentMeasure:
         """Return the mean score with its interval, and the same for each depth or group."""
         rows = self.rows(length)
         results = answer(model, self.bench.tokenizer, rows, size, advance)
-        parts: dict[tuple[Any, Any], list[Result]] = {}
-        for row, result in zip(rows, results, strict=True):
-            place = (row.document["depth"], row.document["group"])
-            parts.setdefault(place, []).append(result)
-        table = [
-            {"depth": depth, "group": group, **summary(own)}
-            for (depth, group), own in parts.items()
-        ]
-        return {**summary(results), "parts": table if len(table) > 1 else []}
-
-
-def summary(results: list[Result]) -> dict[str, Any]:
-    """Return the mean of each score, the number of documents and Wilson's interval."""
-    means = {name: sum(one[name] for one in results) / len(results) for name in results[0]}
-    low, high = wilson(means["score"], len(results))
-    return {**means, "n": len(results), "low": low, "high": high}
+        places = [(row.document["depth"], row.document["group"]) for row in rows]
+        return by_place(places, results)
 
 
 def make_measures(tasks: tuple[str, ...], bench: Bench) -> dict[str, Measure]:
@@ -195,7 +198,7 @@ def make_measure(name: str, options: dict[str, Any], bench: Bench) -> Measure:
     Raises:
         RopeError: If the task or an option is unknown, or something it needs is missing.
     """
-    require_known(name, [*_TEXT_TASKS, *TASKS, *GROUPS])
+    require_known(name, [*_TEXT_TASKS, *TASKS, *FILM_TASKS, *GROUPS])
     if name in _TEXT_TASKS:
         try:
             return _TEXT_TASKS[name](bench, **options)
@@ -203,8 +206,14 @@ def make_measure(name: str, options: dict[str, Any], bench: Bench) -> Measure:
             reason = str(error).partition("() ")[2]
             raise RopeError(f"{name}: {reason}.") from error
     own = {option: value for option, value in options.items() if option != "samples"}
-    make_task(name, **own)
     samples = options.get("samples", bench.samples)
+    if name in FILM_TASKS:
+        film = FilmMeasure(
+            name, with_options(name, FILM_TASKS[name], own), bench.processor, samples, bench.seed
+        )
+        film.projector.check()
+        return film
+    make_task(name, **own)
     return DocumentMeasure(name, replace(bench, samples=samples), own)
 
 
@@ -259,10 +268,16 @@ _TEXT_TASKS: dict[str, Callable[..., Measure]] = {
 }
 
 
+def needs_processor(tasks: tuple[str, ...]) -> bool:
+    """Return whether a task shows images."""
+    return any(name in FILM_TASKS for _, name, _ in parse_tasks(",".join(tasks)))
+
+
 def describe_tasks() -> dict[str, str]:
     """Return each task's name with what it is, and the groups' names with their members."""
     texts = {name: make.__doc__ or "" for name, make in _TEXT_TASKS.items()}
-    documents = {name: type(task).__doc__ or "" for name, task in TASKS.items()}
+    known = {**TASKS, **FILM_TASKS}
+    documents = {name: type(task).__doc__ or "" for name, task in known.items()}
     groups = {name: f"All of {', '.join(members)}." for name, members in GROUPS.items()}
     return {
         name: " ".join(text.partition("\n\n")[0].split())

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from hf_rope_ext.errors import RopeError
 from hf_rope_ext.evals.scoring import score_last
 from hf_rope_ext.evals.statistics import wilson
-from hf_rope_ext.evals.text import require_tokens, tokenize
+from hf_rope_ext.evals.text import require_answer, require_tokens, tokenize
 
 DEPTH_BANDS = 5
 """Parts of the context by which keys are counted."""
@@ -49,8 +49,9 @@ class PasskeyTask:
     metric = "exact"
 
     def __post_init__(self) -> None:
-        """Check that the text is long enough."""
+        """Check that the text is long enough, and that keys can be written."""
         require_tokens(self.ids, self.longest, f"a length of {self.longest}")
+        require_answer(self.tokenizer, "0123456789", self.name)
 
     def sample(self, length: int, index: int) -> tuple[Tensor, int]:
         """Return one sample, ``(length,)``, and how many tokens at its end are the key.

@@ -1,8 +1,9 @@
 """What the scores of a grid of cells add up to: intervals, effective lengths, averages."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from statistics import NormalDist
+from typing import Any
 
 RULER_THRESHOLD = 0.856
 """Score of Llama-2-7B-chat at 4096 tokens, RULER's bar (arXiv:2404.06654, sec. 4)."""
@@ -66,3 +67,23 @@ def weighted_averages(scores: Mapping[int, float]) -> tuple[float, float]:
     rising = sum(weight * found for weight, found in zip(weights, ordered, strict=True)) / total
     falling = sum(w * found for w, found in zip(reversed(weights), ordered, strict=True)) / total
     return rising, falling
+
+
+def summary(results: Sequence[Mapping[str, float]]) -> dict[str, Any]:
+    """Return the mean of each score, the number of documents and Wilson's interval."""
+    means = {name: sum(one[name] for one in results) / len(results) for name in results[0]}
+    low, high = wilson(means["score"], len(results))
+    return {**means, "n": len(results), "low": low, "high": high}
+
+
+def by_place(
+    places: Sequence[tuple[float | None, str | None]], results: Sequence[Mapping[str, float]]
+) -> dict[str, Any]:
+    """Return the summary of all results, and in ``parts`` that of each depth and group."""
+    parts: dict[tuple[float | None, str | None], list[Mapping[str, float]]] = {}
+    for place, result in zip(places, results, strict=True):
+        parts.setdefault(place, []).append(result)
+    table = [
+        {"depth": depth, "group": group, **summary(own)} for (depth, group), own in parts.items()
+    ]
+    return {**summary(results), "parts": table if len(table) > 1 else []}

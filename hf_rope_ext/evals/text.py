@@ -50,6 +50,20 @@ def encode(tokenizer: Any, text: str) -> list[int]:
     return ids
 
 
+def require_answer(tokenizer: Any, answer: str, name: str) -> None:
+    """Check that a tokenizer can write an answer.
+
+    Raises:
+        RopeError: If it has no tokens for it, so that no model could be right, or all would be.
+    """
+    ids = tokenizer(answer, add_special_tokens=False, verbose=False)["input_ids"]
+    if not ids or (tokenizer.unk_token_id is not None and tokenizer.unk_token_id in ids):
+        raise RopeError(
+            f"{name}: this tokenizer has no tokens for the answer {answer!r}, so no model with it "
+            f"can be scored; leave the task out."
+        )
+
+
 def encode_pair(tokenizer: Any, context: str, target: str) -> tuple[list[int], int]:
     """Return the tokens of context and target together, and how many of them are the target.
 

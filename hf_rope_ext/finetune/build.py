@@ -10,7 +10,7 @@ from hf_rope_ext.finetune.lora import TARGETS, with_adapter
 from hf_rope_ext.finetune.recipe import Recipe
 from hf_rope_ext.finetune.shifted import use_shifted_attention
 from hf_rope_ext.geometry import RopeGeometry
-from hf_rope_ext.loading import read_config
+from hf_rope_ext.loading import load_pretrained, read_config
 from hf_rope_ext.methods import LongRope, Method
 from hf_rope_ext.parsing import parse_methods
 from hf_rope_ext.patching import patch_model, patch_of
@@ -23,8 +23,6 @@ def load_base(recipe: Recipe) -> nn.Module:
     Raises:
         RopeError: If there is none, it was saved patched, or bitsandbytes is not there.
     """
-    from transformers import AutoModelForCausalLM
-
     config, record = read_config(recipe.model)
     if record is not None:
         raise RopeError(
@@ -38,11 +36,12 @@ def load_base(recipe: Recipe) -> nn.Module:
         options["quantization_config"] = _quantization(recipe)
         options["device_map"] = {"": _device()}
     try:
-        model: nn.Module = AutoModelForCausalLM.from_pretrained(recipe.model, **options)
+        return load_pretrained(recipe.model, **options)
+    except RopeError:
+        raise
     except (OSError, ValueError, RuntimeError) as error:
         reason = str(error).splitlines()[0]
         raise RopeError(f"cannot load {recipe.model!r}: {reason}") from error
-    return model
 
 
 def patch(model: nn.Module, recipe: Recipe, factor: float | None = None) -> int:

@@ -24,17 +24,21 @@ BUILDERS = {".txt": "text", ".md": "text", ".jsonl": "json", ".json": "json", ".
 """The builder of `datasets` that reads a file, by its suffix."""
 
 
+SAVED = ("state.json", "dataset_dict.json")
+"""Files that tell a directory from `save_to_disk` from one that holds data files."""
+
+
 @dataclass(frozen=True)
 class Source:
     """Where documents come from.
 
     Args:
-        data: A file (text, JSONL, Parquet), a directory of a saved dataset, a dataset's hub id, or
-            a `datasets.Dataset`.
+        data: A file (text, JSONL, Parquet), a directory of a saved dataset or of such files, a
+            dataset's hub id, or a `datasets.Dataset`.
         column: The column that holds the text, or for a chat the list of messages.
         separator: What ends a document inside a text file; None where a file is one document.
         chat: Whether ``column`` holds messages, for the tokenizer's chat template.
-        split: Of a dataset.
+        split: Of a dataset that has several.
         answers_only: Whether only the assistant's tokens of a chat are predicted.
         cache: Directory for tokenised data; that of `datasets` if None.
     """
@@ -101,6 +105,11 @@ def load_documents(source: Source, tokenizer: Any) -> Any:
     """
     from datasets.fingerprint import Hasher
 
+    if source.cache is not None:
+        try:
+            source.cache.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise RopeError(f"cache: cannot make {str(source.cache)!r}: {error}") from error
     documents = _open(source)
     _require_column(documents, source)
     if source.chat and not getattr(tokenizer, "chat_template", None):
@@ -109,7 +118,6 @@ def load_documents(source: Source, tokenizer: Any) -> Any:
     fingerprint = Hasher.hash((documents._fingerprint, _identity(tokenizer), what))
     file = None
     if source.cache is not None:
-        source.cache.mkdir(parents=True, exist_ok=True)
         file = str(source.cache / f"tokens-{fingerprint}.arrow")
     rows = documents.map(
         _Tokenise(tokenizer, source),
@@ -256,11 +264,16 @@ def _open(source: Source) -> Any:
     path = Path(source.data)
     cache = None if source.cache is None else str(source.cache)
     try:
-        if path.is_dir():
+        if any((path / name).is_file() for name in SAVED):
             found = load_from_disk(str(path))
-            return found[source.split] if isinstance(found, DatasetDict) else found
-        if path.suffix not in BUILDERS and not path.is_file():
-            return load_dataset(str(source.data), split=source.split, cache_dir=cache)
+        elif path.is_dir() or (path.suffix not in BUILDERS and not path.is_file()):
+            found = load_dataset(str(source.data), cache_dir=cache)
+        else:
+            found = None
+        if isinstance(found, DatasetDict):
+            return _split(found, source)
+        if found is not None:
+            return found
         if path.suffix not in BUILDERS:
             raise RopeError(
                 f"{_named(source)} is not one of {', '.join(BUILDERS)}; rename or convert it."
@@ -278,6 +291,15 @@ def _open(source: Source) -> Any:
     except Exception as error:  # each builder raises its own
         reason = str(error.__cause__ or error).splitlines()[0]
         raise RopeError(f"cannot read {_named(source)}: {reason}") from error
+
+
+def _split(found: Any, source: Source) -> Any:
+    if source.split not in found:
+        raise RopeError(
+            f"{_named(source)} has no split {source.split!r}; it has {', '.join(found)}; choose "
+            f"with dataset_split."
+        )
+    return found[source.split]
 
 
 def _require_utf8(path: Path) -> None:

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from hf_rope_ext.errors import RopeError
@@ -70,11 +71,28 @@ class Evaluation:
         """Return perplexity and share of pass keys, as ``perplexity_512`` and ``passkey_512``."""
         training = model.training
         model.eval()
+        plain = _NoInferenceMode(model)
         found = {}
         for length in self.lengths:
             size = max(TOKENS_AT_ONCE // length, 1)
             for task in self.tasks:
-                numbers = task.measure(model, length, size, lambda samples: None)
+                numbers = task.measure(plain, length, size, lambda samples: None)
                 found[f"{task.name}_{length}"] = float(numbers[task.metric])
         model.train(training)
         return found
+
+
+class _NoInferenceMode(nn.Module):
+    """Calls a model outside of torch's inference mode.
+
+    Weights that FSDP gathers in that mode could not be used in training afterwards.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Return what the model returns."""
+        with torch.inference_mode(False), torch.no_grad():
+            return self.model(*args, **kwargs)

@@ -43,14 +43,14 @@ class _HeadLoss(torch.autograd.Function):
             rows = slice(start, start + chunk)
             with torch.enable_grad():
                 part = hidden[rows].detach().requires_grad_(wanted)
-                loss = _sum(head, part, labels[rows])
-            sources = [part] * wanted + list(weights)
-            found = list(torch.autograd.grad(loss, sources)) if sources else []
+                logits = head(part[None])[0]
+            loss, grad = _loss_and_grad(logits.detach(), labels[rows])
+            found = list(torch.autograd.grad(logits, [part] * wanted + list(weights), grad))
             if hidden_grad is not None:
                 hidden_grad[rows] = found.pop(0)
             for kept, own in zip(weight_grads, found, strict=True):
                 kept += own
-            total += loss.detach()
+            total += loss
         ctx.save_for_backward(
             hidden_grad,
             *(kept.to(weight.dtype) for kept, weight in zip(weight_grads, weights, strict=True)),
@@ -231,6 +231,18 @@ class _StandIn:
 
 def _sum(head: Head, hidden: Tensor, labels: Tensor) -> Tensor:
     return functional.cross_entropy(head(hidden[None])[0].float(), labels, reduction="sum")
+
+
+def _loss_and_grad(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the summed cross-entropy and its gradient, softmax minus one-hot.
+
+    By hand, because autograd keeps four tensors of the logits' size for it; here it is one.
+    """
+    scores = torch.log_softmax(logits, dim=-1, dtype=torch.float32)
+    places = labels[:, None]
+    loss = -scores.gather(1, places).sum()
+    grad = scores.exp_().scatter_add_(1, places, scores.new_full((len(labels), 1), -1))
+    return loss, grad.to(logits.dtype)
 
 
 def _require_chunk(chunk: int) -> None:

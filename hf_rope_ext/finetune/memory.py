@@ -65,6 +65,7 @@ def estimate_memory(
     loss_chunk: int | None = 512,
     moment_bytes: int = 8,
     shards: int = 1,
+    device: torch.device | None = None,
 ) -> MemoryEstimate:
     """Estimate what training takes, from shapes alone.
 
@@ -80,6 +81,7 @@ def estimate_memory(
         loss_chunk: Tokens whose logits exist at once, None for all.
         moment_bytes: The optimizer's bytes for each trained number.
         shards: Devices that weights and their gradients are spread over.
+        device: Where the model will be trained; where it is if not given.
     """
     parameters = list(model.parameters())
     trained = [one for one in parameters if one.requires_grad]
@@ -102,8 +104,9 @@ def estimate_memory(
     shown = tokens if loss_chunk is None else min(loss_chunk, tokens)
     # the model's own logits, float32 ones, their log-softmax and its gradient
     loss = shown * config.vocab_size * (size + 12)
-    device = parameters[0].device
-    available = _free(device) + (0 if device.type == "meta" else weights)
+    here = parameters[0].device
+    device = device or here
+    available = _free(device) + (weights if here.type == device.type != "meta" else 0)
     return MemoryEstimate(
         weights // shards, training // shards, activations, loss, available, str(device)
     )

@@ -12,6 +12,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from hf_rope_ext.errors import RopeError
+from hf_rope_ext.patching import patch_of
 from hf_rope_ext.rotary import ExtendedRotary
 from hf_rope_ext.table import ExtendedTable
 
@@ -60,7 +61,12 @@ def position_skips(model: nn.Module) -> Iterator[PositionSkips]:
     Raises:
         RopeError: If the model is not patched, or keeps its angles in a table.
     """
-    rotaries = [module for module in model.modules() if isinstance(module, ExtendedRotary)]
+    patch = patch_of(model)
+    rotaries = [
+        module
+        for module in model.modules()
+        if isinstance(module, ExtendedRotary) and module.patch is patch
+    ]
     if not rotaries or any(isinstance(module, ExtendedTable) for module in rotaries):
         raise RopeError(
             "skip-wise positions need a model that patch_model has patched and whose family "

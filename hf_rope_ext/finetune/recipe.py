@@ -41,7 +41,8 @@ class Recipe:
 
     Args:
         model: Directory or hub id of the base model.
-        data: A text, JSONL or Parquet file, a saved dataset's directory, or a dataset's hub id.
+        data: A text, JSONL or Parquet file, a directory of a saved dataset or of such files, or a
+            dataset's hub id.
         method: What extends the context, with knobs as on the command line (yarn:beta_fast=16).
         factor: Target over trained length.
         target_length: Target length in positions, instead of factor.
@@ -139,9 +140,21 @@ class Recipe:
                 raise RopeError(
                     f"{name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}."
                 )
-        for name, least in (("eval_windows", 1), ("eval_targets", 1), ("eval_passkeys", 0)):
-            if getattr(self, name) < least:
-                raise RopeError(f"{name} must be at least {least}, got {getattr(self, name)!r}.")
+        for name, least in (
+            ("eval_windows", 1),
+            ("eval_targets", 1),
+            ("eval_passkeys", 0),
+            ("factor", 1),
+            ("target_length", 1),
+            ("sequence_length", 2),
+            ("lora_rank", 1),
+            ("loss_chunk", 1),
+        ):
+            value = getattr(self, name)
+            if value is not None and not value >= least:
+                raise RopeError(f"{name} must be at least {least}, got {value!r}.")
+        if not 0 <= self.lora_dropout < 1:
+            raise RopeError(f"lora_dropout must be from 0 to below 1, got {self.lora_dropout!r}.")
         self._require_consistent()
 
     def _require_consistent(self) -> None:

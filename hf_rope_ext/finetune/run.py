@@ -1,6 +1,7 @@
 """Run a recipe: data, patched model, training, evaluation, and what is left behind."""
 
 import copy
+import inspect
 import json
 import os
 import sys
@@ -20,7 +21,7 @@ from hf_rope_ext.errors import RopeError
 from hf_rope_ext.finetune.build import load_base, patch, trainable, trained_length
 from hf_rope_ext.finetune.documents import Source, Stream, load_documents, split_stream
 from hf_rope_ext.finetune.evaluation import Evaluation
-from hf_rope_ext.finetune.loss import chunked_loss
+from hf_rope_ext.finetune.loss import causal_model, chunked_loss
 from hf_rope_ext.finetune.memory import MemoryEstimate, estimate_memory, out_of_memory
 from hf_rope_ext.finetune.monitor import CURVE, Journal, Progress, plot_curve
 from hf_rope_ext.finetune.pose import position_skips
@@ -28,6 +29,7 @@ from hf_rope_ext.finetune.recipe import Recipe
 from hf_rope_ext.finetune.sequences import MixedWindows, Sequences, SkipWise, collate
 from hf_rope_ext.finetune.trainer import LongContextTrainer, last_checkpoint
 from hf_rope_ext.parsing import parse_lengths
+from hf_rope_ext.patching import patch_of
 
 RECIPE = "recipe.json"
 
@@ -85,6 +87,8 @@ def finetune(
         RopeError: If the recipe cannot be served; nothing is written then.
     """
     _require_whole_sequences(recipe)
+    if _offloads(training) and training.device.type == "cpu":
+        raise RopeError("offload needs a GPU: on a CPU activations are in main memory already.")
     tokenizer = _tokenizer(recipe) if tokenizer is None else tokenizer
     directory = Path(training.output_dir)
     _require_directory(directory, recipe, training)
@@ -104,6 +108,7 @@ def finetune(
         if len(stages) > 1 and number < len(stages):
             own.output_dir = str(directory / f"stage-{number}")
         target = patch(model if wrapped is None else wrapped, recipe, factor)
+        _require_one_plan(model)
         if wrapped is None:
             set_seed(training.seed)  # of the adapter's first weights; the Trainer seeds the rest
             wrapped = trainable(model, recipe)
@@ -203,7 +208,7 @@ class _Stage:
         arguments.use_cache = False
         arguments.dataloader_pin_memory &= torch.cuda.is_available()
         if self.recipe.loss == "liger":
-            _use_liger(arguments)
+            _use_liger(arguments, self.model)
         length = self.recipe.pose_length or self.length
         each = arguments.per_device_train_batch_size * arguments.gradient_accumulation_steps
         trainer = LongContextTrainer(
@@ -245,10 +250,15 @@ class _Stage:
             self.model,
             length * arguments.per_device_train_batch_size,
             checkpointing=bool(arguments.activation_checkpointing),
-            offload=bool((arguments.activation_checkpointing_kwargs or {}).get("offload")),
+            offload=_offloads(arguments),
             loss_chunk=None if self.recipe.loss == "plain" else self.recipe.loss_chunk,
             shards=arguments.world_size if sharded else 1,
+            device=arguments.device,
         )
+
+
+def _offloads(training: Any) -> bool:
+    return bool((training.activation_checkpointing_kwargs or {}).get("offload"))
 
 
 def _source(recipe: Recipe, data: Any) -> Source:
@@ -287,6 +297,7 @@ def _settings(recipe: Recipe, training: Any) -> dict[str, Any]:
 def _require_directory(directory: Path, recipe: Recipe, training: Any) -> None:
     """Refuse to write over another run, or to continue it with other settings."""
     path = directory / RECIPE
+    _require_writable(directory)
     if not path.is_file():
         if last_checkpoint(directory) is not None:
             raise RopeError(f"{str(directory)!r} holds checkpoints of something else.")
@@ -306,6 +317,13 @@ def _require_directory(directory: Path, recipe: Recipe, training: Any) -> None:
         )
 
 
+def _require_writable(directory: Path) -> None:
+    above = next(path for path in (directory, *directory.absolute().parents) if path.exists())
+    # access: no file is made before everything else is checked
+    if not above.is_dir() or not os.access(above, os.W_OK | os.X_OK):
+        raise RopeError(f"output_dir: nothing can be written to {str(directory)!r}.")
+
+
 def _write_recipe(directory: Path, settings: dict[str, Any]) -> None:
     directory.mkdir(parents=True, exist_ok=True)
     (directory / RECIPE).write_text(json.dumps(settings, indent=2) + "\n")
@@ -315,10 +333,27 @@ def _data_seed(training: Any) -> int:
     return int(training.seed if training.data_seed is None else training.data_seed)
 
 
+def _spread() -> bool:
+    """Return whether the launcher spreads each sequence over several devices."""
+    return any(
+        os.environ.get(f"PARALLELISM_CONFIG_{kind}_SIZE", "1") != "1" for kind in ("CP", "SP")
+    )
+
+
+def _require_one_plan(model: nn.Module) -> None:
+    """Refuse a plan that follows the length, where no device knows a sequence's length."""
+    patch = patch_of(model)
+    if patch is not None and patch.resolved.method.length_dependent and _spread():
+        raise RopeError(
+            f"the plan of {patch.resolved.method.name!r} depends on the length of a sequence, "
+            f"which the launcher spreads over several devices (context or sequence parallelism); "
+            f"use a static method, such as yarn."
+        )
+
+
 def _require_whole_sequences(recipe: Recipe) -> None:
     """Refuse techniques that need a sequence on one device, where it is spread over several."""
-    spread = [os.environ.get(f"PARALLELISM_CONFIG_{kind}_SIZE", "1") for kind in ("CP", "SP")]
-    if spread == ["1", "1"]:
+    if not _spread():
         return
     for name in ("pose_length", "shifted_groups", "mixed_windows"):
         if getattr(recipe, name) is not None:
@@ -328,19 +363,27 @@ def _require_whole_sequences(recipe: Recipe) -> None:
             )
 
 
-def _use_liger(arguments: Any) -> None:
+def _use_liger(arguments: Any, model: nn.Module) -> None:
+    """Let the Trainer put Liger's fused loss into the model, and none of its other kernels."""
     from importlib.util import find_spec
 
     if find_spec("liger_kernel") is None:
         raise RopeError("loss=liger needs liger-kernel: pip install liger-kernel")
+    if arguments.device.type == "cpu" and not os.environ.get("TRITON_INTERPRET"):
+        raise RopeError("loss=liger needs a GPU; use loss=chunked.")
+    from liger_kernel.transformers.monkey_patch import MODEL_TYPE_TO_APPLY_LIGER_FN as FAMILIES
+
+    causal = causal_model(model)
+    apply = FAMILIES.get(causal.config.model_type)
+    switches = dict(inspect.signature(apply).parameters) if apply is not None else {}
+    if "fused_linear_cross_entropy" not in switches:
+        # Liger leaves such a model as it is, with all its logits
+        raise RopeError(
+            f"Liger has no fused loss for {causal.config.model_type!r}; use loss=chunked."
+        )
     arguments.use_liger_kernel = True
-    # only the loss: the rotary embedding is the patch's
     arguments.liger_kernel_config = {
-        "rope": False,
-        "swiglu": False,
-        "rms_norm": False,
-        "cross_entropy": False,
-        "fused_linear_cross_entropy": True,
+        name: name == "fused_linear_cross_entropy" for name in switches if name != "model"
     }
 
 

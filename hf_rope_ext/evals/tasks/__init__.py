@@ -3,7 +3,7 @@
 import difflib
 from collections.abc import Mapping, Sequence
 from dataclasses import fields, replace
-from typing import Any
+from typing import Any, TypeVar
 
 from hf_rope_ext.errors import RopeError
 from hf_rope_ext.evals.tasks.babi import Babi
@@ -16,6 +16,8 @@ from hf_rope_ext.evals.tasks.passkey import Passkey, TeacherForcedPasskey
 from hf_rope_ext.evals.tasks.ruler_needle import NEEDLE_TASKS
 from hf_rope_ext.evals.tasks.ruler_qa import RulerQA
 from hf_rope_ext.evals.tasks.ruler_words import CommonWords, FrequentWords, VariableTracking
+
+AnyTask = TypeVar("AnyTask", bound=Task)
 
 RULER: dict[str, Task] = {
     **NEEDLE_TASKS,
@@ -118,7 +120,15 @@ def make_task(task_name: str, **options: Any) -> Task:
     Raises:
         RopeError: If the task or an option is unknown, or an option is out of range.
     """
-    task = _named(task_name)
+    return with_options(task_name, _named(task_name), options)
+
+
+def with_options(task_name: str, task: AnyTask, options: dict[str, Any]) -> AnyTask:
+    """Return a task with other options.
+
+    Raises:
+        RopeError: As `make_task`.
+    """
     known = [field.name for field in fields(task)]
     for option in options:
         if option not in known:

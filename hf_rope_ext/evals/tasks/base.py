@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
 from hf_rope_ext.errors import RopeError
-from hf_rope_ext.evals.text import encode
+from hf_rope_ext.evals.text import encode, require_answer
 
 Kind = Literal["generate", "loglikelihood"]
 DEPTHS = (0.0, 0.25, 0.5, 0.75, 1.0)
@@ -154,6 +154,8 @@ def _fitted(
             f"{tokens(task.smallest)} tokens of this tokenizer, the answer's included."
         )
     found = at(size)
+    for answer in found.gold:
+        require_answer(tokenizer, answer, name)
     used = len(encode(tokenizer, found.prompt + found.answer))
     return {
         "task": name,

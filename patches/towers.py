@@ -1,0 +1,16 @@
+"""Vision towers whose patches have other axes than row and column, or pairs in another order."""
+
+from hf_rope_ext.families import Config, Family
+
+
+def _even_then_odd(config: Config) -> list[int]:
+    """Return Pixtral's order: the head's frequencies are dealt to rows and columns."""
+    width = config.head_dim or config.hidden_size // config.num_attention_heads
+    return [*range(0, width // 2, 2), *range(1, width // 2, 2)]
+
+
+FAMILIES = (
+    Family(model_types=("gemma4_vision",), axes=("w", "h")),
+    Family(model_types=("minimax_m3_vl_vision",), axes=("t", "h", "w")),
+    Family(model_types=("pixtral",), pair_order=_even_then_odd),
+)
