@@ -40,6 +40,7 @@ from torch import Generator, Tensor, nn
 from hf_rope_ext import RopeWarning, VisualPositions, patched
 
 VIDEOS, AT_ONCE = 64, 16
+BATCHES = [slice(start, start + AT_ONCE) for start in range(0, VIDEOS, AT_ONCE)]
 SIZES = {"kept": (1,), "dense": (1, 2, 4, 8), "long": (2, 4, 8), "large": (2, 4)}
 """How many times the trained size, by condition."""
 
@@ -169,11 +170,7 @@ def measure(model: nn.Module, setting: Setting, seed: int) -> dict[str, Any]:
                 seconds = 1 / times if way == "frame times" else 1.0
                 with patch(model, setting, way, KEPT if condition == "kept" else times, grown):
                     logits = torch.cat(
-                        [
-                            reader.read(model, some, seen[at : at + AT_ONCE], seconds)
-                            for at in range(0, VIDEOS, AT_ONCE)
-                            for some in [videos[at : at + AT_ONCE]]
-                        ]
+                        [reader.read(model, videos[some], seen[some], seconds) for some in BATCHES]
                     )
                     if times <= 2:
                         alone = reader.one_by_one(model, videos[:1], one, seconds)
