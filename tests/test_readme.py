@@ -153,3 +153,47 @@ def tuning_rows():
 def test_fine_tuning_gives_what_the_readme_says():
     for row in tuning_rows():
         assert row in README
+
+
+def axis_rows():
+    found = result("mrope_axes")["accuracy"]
+    wanted = [("spatial", "dense"), ("max", "dense"), ("spatial", "long"), ("spatial", "large")]
+    tables = [found[setting][condition] for setting, condition in wanted]
+    for way, kept in {**found["spatial"]["kept"], "frame times": None}.items():
+        cells = [table[way]["4"] if way in table else None for table in tables]
+        cells.append(kept and kept["1"])
+        shown = [
+            " / ".join(f"{share['mean']:.0f}" for share in cell.values()) if cell else ""
+            for cell in cells
+        ]
+        yield f"| {way} | {' | '.join(shown)} |"
+
+
+def time_by_size(found, condition, way):
+    sizes = found["spatial"][condition][way]
+    return " / ".join(f"{sizes[size]['t']['mean']:.0f}" for size in ("2", "4", "8"))
+
+
+def test_scaling_by_axis_gives_what_the_readme_says():
+    found = result("mrope_axes")["accuracy"]
+    centred, plain, none, ntk = (
+        time_by_size(found, *cell)
+        for cell in (
+            ("dense", "visual positions, centred"),
+            ("dense", "visual positions"),
+            ("long", "none"),
+            ("long", "ntk, grown axes"),
+        )
+    )
+    columns = [found[name]["dense"]["none"]["8"]["w"]["mean"] for name in ("max", "max, theta 150")]
+    spread = found["spatial"]["long"]["none"]["8"]["t"]
+
+    for row in axis_rows():
+        assert row in README
+    assert f"{centred} with it and {plain} without" in README
+    assert f"{none} with `none` and {ntk} with `ntk` on time" in README
+    assert f"`none` has {spread['mean']:.0f} ± {spread['stdev']:.0f}" in README
+    assert f"{columns[0]:.0f} with `rope_theta` 100 and {columns[1]:.0f} with 150" in README
+    for setting in found.values():
+        for share in setting["dense"]["none"]["1"].values():
+            assert share["mean"] > 99
