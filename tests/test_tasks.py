@@ -3,8 +3,8 @@
 import json
 import random
 import re
-import sys
 import string
+import sys
 
 import pytest
 from hypothesis import given, settings
