@@ -2,6 +2,7 @@
 
 import math
 
+from hf_rope_ext.axes import sections
 from hf_rope_ext.methods import Method
 from hf_rope_ext.request import Resolved
 from hf_rope_ext.sites import RopeSite, window
@@ -25,6 +26,7 @@ def advice(resolved: Resolved) -> list[str]:
                 _temperature_advice(site, resolved),
                 _window_advice(site, resolved.method),
                 _dropped_key_advice(site),
+                _section_advice(site),
                 _layout_advice(resolved),
                 _frames_advice(site, resolved),
                 _vendor_advice(site, resolved.method),
@@ -65,6 +67,17 @@ def _dropped_key_advice(site: RopeSite) -> str | None:
     return (
         f"{site.path}: the config's attn_factor={site.found['attn_factor']!r} is dropped; "
         f"transformers never read it. Pass attention_factor to set the temperature."
+    )
+
+
+def _section_advice(site: RopeSite) -> str | None:
+    own, pairs = sections(site.rotary, site.label), site.geometry.pairs
+    if not own or sum(own) == pairs:
+        return None
+    return (
+        f"{site.path}: mrope_section {list(own)!r} is for {sum(own)} pairs, but {pairs} turn; "
+        f"stock code does not mind, and gives the axes other pairs than meant. Check the config: "
+        f"the key is lost easily, and then a default of the class is taken."
     )
 
 

@@ -1,10 +1,13 @@
 """Which axis of the position each pair turns by, read off a family's own code."""
 
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 import torch
+from torch import Tensor
 
+from hf_rope_ext.errors import UnsupportedModelError
 from hf_rope_ext.families import Rotary
 from hf_rope_ext.layouts import AXES
 from hf_rope_ext.methods import NoScaling
@@ -15,32 +18,60 @@ from hf_rope_ext.sites import RopeSite
 def with_axes(site: RopeSite) -> RopeSite:
     """Return a site whose geometry says by which axis each pair turns, where there are several.
 
-    The family's code computes one position that is 1 on one axis and 0 on the others. A pair whose
-    cosine comes out turned turns by that axis. Thus no layout has to be known by name.
+    Raises:
+        UnsupportedModelError: If the family's code cannot compute it.
     """
     names = axis_names(site.rotary, site.label)
     if len(names) < 2:
         return site
-    geometry = site.geometry
-    # cosines far enough from each other, and from 1, to tell pairs apart
-    cosines = torch.linspace(0.95, 0.05, geometry.pairs)
-    rotation = Rotation(NoScaling(), geometry, site.inv_freq)
+    places = torch.eye(len(names))[..., None, None]
+    try:
+        turned = turned_pairs(site, places)
+    except RuntimeError as error:
+        own, pairs = sections(site.rotary, site.label), site.geometry.pairs
+        raise UnsupportedModelError(
+            f"{site.path}: mrope_section {list(own)!r} is for {sum(own)} pairs, but {pairs} turn, "
+            f"so the model itself cannot run ({error}). Nothing was changed; put the model's own "
+            f"mrope_section into its config."
+        ) from error
+    return owned(site, dict(zip(names, turned, strict=True)))
+
+
+def owned(site: RopeSite, turned: Mapping[str, Sequence[int]]) -> RopeSite:
+    """Return a site whose geometry names the axis of each pair, if each has one and no more.
+
+    Args:
+        site: The site.
+        turned: The stored pairs that turn by each axis.
+    """
+    pairs = range(site.geometry.pairs)
+    if sorted(pair for own in turned.values() for pair in own) != list(pairs):
+        return site  # such as HunYuan-VL, where the coordinates of a pair have different axes
+    order = site.pair_order or pairs
+    owners = {order[stored]: name for name, own in turned.items() for stored in own}
+    axes = tuple(owners[pair] for pair in pairs)
+    return replace(site, geometry=replace(site.geometry, axes=axes))
+
+
+def turned_pairs(site: RopeSite, places: Iterable[Tensor]) -> list[list[int]]:
+    """Return the stored pairs that each of some positions turns, read off the family's own code.
+
+    It computes positions that are 1 on one axis and 0 on the others, for frequencies whose cosines
+    can be told apart: a pair whose cosine comes out turns by that axis. Thus no layout has to be
+    known by name.
+    """
+    # far enough from each other, and from 1
+    cosines = torch.linspace(0.95, 0.05, site.geometry.pairs)
+    rotation = Rotation(NoScaling(), site.geometry, site.inv_freq)
     rotary = ExtendedRotary(site.rotary.original, {site.label: rotation}, None)
     layer_type = () if site.label is None else (site.label,)
-    owners: list[list[str]] = [[] for _ in range(geometry.pairs)]
-    for row, name in enumerate(names):
-        positions = torch.zeros(len(names), 1, 1)
-        positions[row] = 1
-        cos, _ = rotary.laid_out(
-            site.label, cosines.acos(), 1.0, torch.zeros(1, 1, 1), positions, *layer_type
-        )
+    found = []
+    for place in places:
+        x = torch.zeros(1, 1, 1)
+        cos, _ = rotary.laid_out(site.label, cosines.acos(), 1.0, x, place, *layer_type)
         turned = (cosines[:, None] - cos.flatten()[None, :]).abs().amin(dim=1) < 1e-4
-        for stored in turned.nonzero().flatten().tolist():
-            order = site.pair_order
-            owners[stored if order is None else order[stored]].append(name)
-    if any(len(own) != 1 for own in owners):
-        return site  # the two coordinates of a pair turn by different axes (HunYuan-VL)
-    return replace(site, geometry=replace(geometry, axes=tuple(own for (own,) in owners)))
+        found.append(turned.nonzero().flatten().tolist())
+    return found
 
 
 def axis_names(rotary: Rotary, label: str | None) -> tuple[str, ...]:
@@ -48,7 +79,13 @@ def axis_names(rotary: Rotary, label: str | None) -> tuple[str, ...]:
     family = rotary.family
     if not hasattr(rotary.original, "mrope_section"):
         return family.axes or ("position",)
-    sections: Any = rotary.original.mrope_section
-    if isinstance(sections, dict):
-        sections = sections[label]
-    return (family.axes or AXES)[-len(sections) :] if sections else ("position",)
+    found = sections(rotary, label)
+    return (family.axes or AXES)[-len(found) :] if found else ("position",)
+
+
+def sections(rotary: Rotary, label: str | None) -> tuple[int, ...]:
+    """Return the pairs of each axis as the rotary module has them; empty where it has none."""
+    found: Any = getattr(rotary.original, "mrope_section", None)
+    if isinstance(found, dict):
+        found = found[label]
+    return tuple(found or ())

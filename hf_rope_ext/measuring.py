@@ -131,7 +131,8 @@ def _largest(positions: Tensor, mask: Tensor, max_new_tokens: int) -> Tensor:
 
     `generate` goes on behind the last token, though an earlier one can have a larger position.
     """
-    positions = torch.where(mask.bool(), positions, 0).long()
+    # up to the next whole one: positions that `visual_positions` placed may lie between two
+    positions = torch.where(mask.bool(), positions, 0).ceil().long()
     order = torch.arange(1, mask.shape[1] + 1, device=mask.device)
     rows = torch.arange(len(mask), device=mask.device)
     last = positions[:, rows, (mask * order).argmax(dim=1)]

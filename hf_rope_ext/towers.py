@@ -13,12 +13,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from hf_rope_ext.axes import owned, turned_pairs
 from hf_rope_ext.checkpoint import RECORD, ConfigChange
 from hf_rope_ext.errors import AlreadyScaledError, MethodParameterError, UnsupportedModelError
 from hf_rope_ext.families import Config, find_towers, setting
 from hf_rope_ext.geometry import FrequencyPlan, RopeGeometry
-from hf_rope_ext.methods import Method, NoScaling, PerAxis, method_record
-from hf_rope_ext.rotary import ExtendedRotary, Rotation
+from hf_rope_ext.methods import Method, PerAxis, method_record
+from hf_rope_ext.rotary import Rotation
 from hf_rope_ext.sites import RopeSite, axial_site
 
 AXES = ("h", "w")
@@ -82,15 +83,8 @@ def read_towers(
                 f"largest. Nothing was changed."
             )
         site = axial_site(rotary, trained)
-        names, used = tower_axes(site), used_pairs(site)
-        if sorted(pair for own in used for pair in own) == list(range(site.geometry.pairs)):
-            # each pair belongs to one axis, as in M-RoPE (Pixtral)
-            order = site.pair_order or range(site.geometry.pairs)
-            owners = {
-                order[stored]: name for name, own in zip(names, used, strict=True) for stored in own
-            }
-            axes = tuple(owners[pair] for pair in range(site.geometry.pairs))
-            site = replace(site, geometry=replace(site.geometry, axes=axes))
+        # each pair can belong to one axis, as in M-RoPE (Pixtral)
+        site = owned(site, dict(zip(tower_axes(site), used_pairs(site), strict=True)))
         sites.append(site)
     return sites
 
@@ -114,21 +108,9 @@ def named(geometry: RopeGeometry, names: tuple[str, ...]) -> RopeGeometry:
 
 
 def used_pairs(site: RopeSite) -> list[list[int]]:
-    """Return the stored pairs that each axis turns, read off the family's own code.
-
-    It computes a position that is 1 on one axis and 0 on the others, for frequencies whose
-    cosines can be told apart.
-    """
-    cosines = torch.linspace(0.95, 0.05, site.geometry.pairs)
-    rotation = Rotation(NoScaling(), site.geometry, site.inv_freq)
-    rotary = ExtendedRotary(site.rotary.original, {None: rotation}, None)
-    used = []
-    for point in torch.eye(len(tower_axes(site))):
-        place = shaped(site.rotary.original, point)
-        cos, _ = rotary.laid_out(None, cosines.acos(), 1.0, torch.zeros(1, 1, 1), place)
-        turned = (cosines[:, None] - cos.flatten()[None, :]).abs().amin(dim=1) < 1e-4
-        used.append(turned.nonzero().flatten().tolist())
-    return used
+    """Return the stored pairs that each axis turns."""
+    points = torch.eye(len(tower_axes(site)))
+    return turned_pairs(site, [shaped(site.rotary.original, point) for point in points])
 
 
 def shaped(original: Any, point: Tensor) -> Tensor:

@@ -296,6 +296,21 @@ def test_pairs_that_turn_by_two_axes_are_refused():
         patch_model(zoo.build("hunyuan_vl"), "yarn", factor={"w": 4})
 
 
+def test_sections_of_another_width_are_warned_about():
+    """Interleaved layouts take any sections, such as a default that stands in for lost ones."""
+    model = zoo.build("qwen3_vl")
+    model.model.language_model.rotary_emb.mrope_section = [24, 20, 20]
+    with pytest.warns(RopeWarning, match=r"\[24, 20, 20\] is for 64 pairs, but 8 turn"):
+        patch_model(model, "yarn", factor=2)
+
+
+def test_sections_that_stop_the_model_itself_are_one_error():
+    model = zoo.build("qwen2_5_vl")
+    model.model.language_model.rotary_emb.mrope_section = [16, 24, 24]
+    with pytest.raises(RopeError, match=r"\[16, 24, 24\] is for 64 pairs, but 8 turn"):
+        patch_model(model, "yarn", factor=2)
+
+
 def test_unknown_methods_by_axis_are_named():
     with pytest.raises(UnknownMethodError, match="Did you mean 'yarn'"):
         patch_model(zoo.build("qwen3_vl"), {"t": "yarm"}, factor=4)
