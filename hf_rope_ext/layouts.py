@@ -43,7 +43,7 @@ class MRopeLayout:
 
     def __post_init__(self) -> None:
         """Check name and section."""
-        if self.name not in LAYOUTS:
+        if not isinstance(self.name, str) or self.name not in LAYOUTS:
             raise MethodParameterError(
                 f"mrope_layout must be one of {', '.join(map(repr, LAYOUTS))}, got {self.name!r}."
             )

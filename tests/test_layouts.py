@@ -212,6 +212,21 @@ def test_describe_and_a_warning_say_that_it_has_to_be_trained():
     assert "mrope_layout: name='videorope'" in str(found)
 
 
+@pytest.mark.parametrize("name", ["chunked", "videorope", "hope", "mhrope"])
+def test_it_compiles(name):
+    model = zoo.build("qwen3_vl")
+    inputs = zoo_images.image_inputs(model)
+    layout = MRopeLayout(name, (0, 1, 1)) if name == "mhrope" else name
+    patch_model(model, "yarn", factor={"t": 4}, mrope_layout=layout)
+    expected = zoo.run(model, **inputs)
+    text = model.model.language_model
+
+    # heads with axes leave the graph for a moment
+    text.forward = torch.compile(text.forward, backend="eager", fullgraph=name != "mhrope")
+
+    assert relative(zoo.run(model, **inputs), expected) < 1e-5
+
+
 def test_a_cache_by_heads_cannot_be_turned():
     model = zoo.build("qwen2_5_vl")
     layout = MRopeLayout("mhrope", (0, 1, 1))
@@ -225,6 +240,7 @@ def test_a_cache_by_heads_cannot_be_turned():
 
 WRONG = {
     "an unknown name": ("spiral", "must be one of 'chunked', 'interleaved'"),
+    "no name": (["chunked"], r"must be one of .* got \['chunked'\]"),
     "a section that does not sum": (
         MRopeLayout("interleaved", (2, 2, 2)),
         r"section \[2, 2, 2\] sums to 6, but the model has 8 pairs",
