@@ -134,10 +134,11 @@ def place_visual_tokens(
             f"(batch, seq); got {tuple(position_ids.shape)} and {tuple(visual.shape)}."
         )
     factors = rule.factors(axes)
-    placed = position_ids.double()
-    for row in range(position_ids.shape[1]):
-        kept = slice(None) if attention_mask is None else attention_mask[row].bool()
-        own, kinds = placed[:, row, kept].clone(), visual[row, kept].tolist()
+    # where it is cheap to look at every block, and there is float64
+    placed = position_ids.to("cpu", torch.float64)
+    mask = torch.ones_like(visual) if attention_mask is None else attention_mask
+    for row, (kinds_of_row, kept) in enumerate(zip(visual.cpu(), mask.cpu().bool(), strict=True)):
+        own, kinds = placed[:, row, kept].clone(), kinds_of_row[kept].tolist()
         shift = 0.0
         for start, end, kind in _runs(kinds):
             first = own[:, start].clone()
@@ -157,7 +158,8 @@ def place_visual_tokens(
                 ends[time] = rule.stride * (ends[time] - 1) + 1
             shift += _behind(behind, ends, tokens, axes) - before
         placed[:, row, kept] = own
-    return placed.to(position_ids.dtype) if (placed == placed.round()).all() else placed.float()
+    whole = bool((placed == placed.round()).all())
+    return placed.to(position_ids.device, position_ids.dtype if whole else torch.float32)
 
 
 def _runs(kinds: Sequence[int]) -> Iterator[tuple[int, int, int]]:

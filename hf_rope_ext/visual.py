@@ -62,9 +62,9 @@ class PlacedIndex:
             next_text=self.next_text,
             attention_mask=mask,
         )
-        kept = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask.bool()
-        longest = placed.masked_fill(~kept.to(placed.device), 0).amax(dim=(0, 2))
-        return placed, (longest + 1 - kept.sum(dim=1).to(placed.device))[:, None]
+        kept = (torch.ones_like(ids) if mask is None else mask).bool().to(placed.device)
+        longest = placed.masked_fill(~kept, 0).amax(dim=(0, 2))
+        return placed, (longest + 1 - kept.sum(dim=1))[:, None]
 
     def _visual(self, ids: Tensor, kinds: Tensor | None) -> Tensor:
         if kinds is not None:
