@@ -61,7 +61,6 @@ class Rotation:
         frequencies = torch.where(
             self.ordered(same), self.trained, self.ordered(plan.inv_freq).float()
         )
-        frequencies = torch.where(self.ordered(self._rests(plan.inv_freq)), 0.0, frequencies)
         return frequencies, float(plan.attention_scaling) if self.scales_rotation else 1.0
 
     def at(self, lengths: Tensor, inv_freq: Tensor, scaling: float) -> tuple[Tensor, Scale]:
@@ -78,16 +77,15 @@ class Rotation:
         """
         trained = self.geometry.original_max_position_embeddings
         lengths = self.policy.rounded(lengths, trained)
-        plan = self._planned(
-            lambda geometry: self.method.plan_at(geometry, lengths),
-            replace(self.geometry, device=lengths.device),
-        )
-        beyond = lengths > trained
-        within = inv_freq.to(lengths.device)
+        geometry = replace(self.geometry, device=lengths.device)
+        plan = self._planned(lambda own: self.method.plan_at(own, lengths), geometry)
+        before = self._planned(self.method.plan, geometry).inv_freq
+        within, beyond = inv_freq.to(lengths.device), lengths > trained
         if within.ndim == 2:
-            within = within[:, None, None]
-        planned = torch.where(self._rests(plan.inv_freq), 0.0, plan.inv_freq)
-        frequencies = torch.where(beyond, self.ordered(planned).float(), within)
+            within, before = within[:, None, None], before[:, None, None]
+        # what does not follow the request, such as another axis, keeps its bits
+        moved = beyond & ~torch.isclose(plan.inv_freq, before, rtol=UNCHANGED, atol=0.0)
+        frequencies = torch.where(self.ordered(moved), self.ordered(plan.inv_freq).float(), within)
         if not isinstance(plan.attention_scaling, Tensor):
             return frequencies, scaling
         return frequencies, torch.where(beyond, plan.attention_scaling, scaling).float()
@@ -95,21 +93,24 @@ class Rotation:
     def _planned(
         self, plan: Callable[[RopeGeometry], FrequencyPlan], geometry: RopeGeometry
     ) -> FrequencyPlan:
-        """Return a plan; where heads have axes, for every axis, as if all pairs turned by it."""
-        if self.turning is None or not self.turning.per_head:
-            return plan(geometry)
-        plans = [
-            plan(replace(geometry, axes=(name,) * geometry.pairs)) for name in self.turning.names
-        ]
-        whole = plan(geometry)
-        return replace(whole, inv_freq=torch.stack([one.inv_freq for one in plans]))
+        """Return a plan as the layout has it.
 
-    def _rests(self, inv_freq: Tensor) -> Tensor:
-        """Return whether pairs rest by the layout, ``(pairs,)``."""
-        resting = None if self.turning is None else self.turning.resting
-        if self.turning is None or resting is None:
-            return torch.zeros(inv_freq.shape[-1], dtype=torch.bool, device=inv_freq.device)
-        return torch.tensor([row == resting for row in self.turning.rows], device=inv_freq.device)
+        Pairs that rest have frequency 0. Where heads have axes it is planned for every axis, as if
+        all pairs turned by it.
+        """
+        planned, turning = plan(geometry), self.turning
+        if turning is None:
+            return planned
+        inv_freq = planned.inv_freq
+        if turning.per_head:
+            by_axis = [
+                plan(replace(geometry, axes=(name,) * geometry.pairs)) for name in turning.names
+            ]
+            inv_freq = torch.stack([one.inv_freq for one in by_axis])
+        elif turning.resting is not None:
+            rests = [row == turning.resting for row in turning.rows]
+            inv_freq = inv_freq.masked_fill(torch.tensor(rests, device=inv_freq.device), 0.0)
+        return replace(planned, inv_freq=inv_freq)
 
     def used(self, inv_freq: Tensor) -> Tensor:
         """Return frequencies without those of axes that no head turns by."""

@@ -16,13 +16,14 @@ from hf_rope_ext import (
     RopeError,
     RopeWarning,
     UnknownMethodError,
+    available_methods,
     describe,
     export,
     load_pretrained,
     patch_model,
     unpatch_model,
 )
-from hf_rope_ext.methods import Linear, PerAxis, Yarn
+from hf_rope_ext.methods import METHODS, Linear, PerAxis, Yarn
 from hf_rope_ext.parsing import parse_methods
 
 pytestmark = pytest.mark.filterwarnings("ignore::hf_rope_ext.errors.RopeWarning")
@@ -98,6 +99,23 @@ def test_each_pair_turns_by_the_factor_of_its_own_axis(model_type, rope_type):
         for token, position in enumerate(positions["thw".index(axis), 0].tolist()):
             angle = torch.tensor(position * frequency, dtype=torch.float64)
             assert abs(float(found[token, pair]) - float(angle.cos()) * largest) < 1e-4
+
+
+@pytest.mark.parametrize("name", available_methods())
+def test_every_method_can_be_that_of_one_axis(name):
+    """Its pairs turn as under the method alone, whose frequencies other tests hold to formulas."""
+    whole, by_axis = zoo.build("qwen3_vl"), zoo.build("qwen3_vl")
+    values = {"factor": 4.0, "long_factor": [4.0] * 8, "rope_theta": 1e7, "power": 0.1}
+    knobs = {knob: values[knob] for knob in METHODS[name].__dataclass_fields__ if knob in values}
+    place = torch.tensor([[199]])
+    trained = whole.model.language_model.rotary_emb.inv_freq
+
+    patch_model(whole, name, **knobs)
+    patch_model(by_axis, {"w": name}, **knobs)
+
+    plans = [rotary_of(one)[0].plan(None, place)[0].flatten() for one in (whole, by_axis)]
+    own = torch.tensor([axis == "w" for axis in LAYOUTS["qwen3_vl"]])
+    assert torch.equal(plans[1], torch.where(own, plans[0], trained))
 
 
 @pytest.mark.parametrize("model_type", ["qwen2_5_vl", "qwen3_vl", "ernie4_5_vl_moe"])
