@@ -82,11 +82,15 @@ def _section_advice(site: RopeSite) -> str | None:
 
 
 def _layout_advice(resolved: Resolved) -> str | None:
-    if resolved.layout is None:
+    if resolved.layout is not None:
+        other = f"mrope_layout={resolved.layout.name!r} is not the layout"
+    elif resolved.visual is not None and resolved.visual.placement != "grid":
+        other = f"placement={resolved.visual.placement!r} is not the placement"
+    else:
         return None
     return (
-        f"mrope_layout={resolved.layout.name!r} is not the layout the model was trained with: it "
-        f"has to be trained before it understands an image; text is as it was."
+        f"{other} the model was trained with: it has to be trained before it understands an image; "
+        f"text is as it was."
     )
 
 

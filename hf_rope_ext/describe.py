@@ -10,7 +10,6 @@ from torch import Tensor, nn
 
 from hf_rope_ext.advice import advice
 from hf_rope_ext.errors import RopeError, UnsupportedModelError
-from hf_rope_ext.layouts import AXES
 from hf_rope_ext.lengths import request_plan
 from hf_rope_ext.methods import PerAxis, method_record
 from hf_rope_ext.patching import patch_of
@@ -261,7 +260,7 @@ def _patched(
             logit_factors=(intended**2, effective),
             sound=sound,
             axis=axis,
-            names=resolved.axes if resolved.target == "vision" else AXES,
+            names=resolved.axes,
         )
         for axis, own in by_axis.items()
     ]
@@ -289,7 +288,7 @@ def _entry(
     logit_factors: tuple[float, float],
     sound: bool,
     axis: str | None = None,
-    names: tuple[str, ...] = AXES,
+    names: tuple[str, ...] = (),
 ) -> SiteDescription:
     slowdown, turning = _slowdown(site, live, axis, names)
     largest = float(slowdown[turning].max())
@@ -325,8 +324,8 @@ def _slowdown(
         order = site.pair_order or range(site.geometry.pairs)
         own = torch.tensor([(site.geometry.axes or ())[pair] == axis for pair in order])
         return slowdown[own], turning[own]
-    if axis is not None:  # frequencies by axis
-        row = names.index(axis)
+    if slowdown.ndim == 2:  # frequencies by axis, all alike where there is one method
+        row = 0 if axis is None else names.index(axis)
         return slowdown[row], turning[row]
     return slowdown, turning
 

@@ -35,6 +35,7 @@ from hf_rope_ext.rotary import Rotation
 from hf_rope_ext.sites import RopeSite, read_sites
 from hf_rope_ext.temperature import SoftmaxChange, softmax_changes
 from hf_rope_ext.towers import AxialRotation, named, read_towers, tower_axes, tower_changes
+from hf_rope_ext.visual import places_tokens
 
 TEMPERATURES = ("rotation", "logits")
 TARGETS = ("text", "vision")
@@ -149,7 +150,11 @@ def resolve(request: Request, model: nn.Module) -> Resolved:
         for site, turning in zip(sites, turnings, strict=True)
     ]
     axes = axis_names(sites[0].rotary, sites[0].label)
-    visual = _visual(request.visual_positions, layout, axes)
+    visual = _visual(request.visual_positions, axes)
+    # a text model by itself is given its positions, also those that belong to a layout
+    implied = LAYOUT_POSITIONS.get(layout.name) if layout is not None and visual is None else None
+    if implied is not None and places_tokens(model, [site.config for site in sites]):
+        visual = implied
     settings = {
         "target_length": target,
         "layer_types": None if layer_types is None else list(layer_types),
@@ -245,12 +250,10 @@ def _turned(site: RopeSite, turning: Turning | None) -> RopeSite:
     return replace(site, geometry=replace(site.geometry, axes=axes))
 
 
-def _visual(
-    given: VisualPositions | None, layout: MRopeLayout | None, axes: tuple[str, ...]
-) -> VisualPositions | None:
-    """Return where visual tokens are placed: as given, or as a layout means it."""
+def _visual(given: VisualPositions | None, axes: tuple[str, ...]) -> VisualPositions | None:
+    """Return where visual tokens shall be placed, checked."""
     if given is None:
-        return None if layout is None else LAYOUT_POSITIONS.get(layout.name)
+        return None
     if not isinstance(given, VisualPositions):
         raise MethodParameterError(
             f"visual_positions must be a VisualPositions, got {given!r}: "

@@ -99,6 +99,15 @@ def install(
         part.__dict__[INDEX] = PlacedIndex(part, rule, axes, next_text)
 
 
+def places_tokens(model: nn.Module, configs: list[Config]) -> bool:
+    """Return whether any part of a model computes positions for one of some text models.
+
+    Raises:
+        UnsupportedModelError: If one does so by a rule that is not known.
+    """
+    return any(_indexed(model, configs))
+
+
 def remove(model: nn.Module) -> None:
     """Undo `install`."""
     for part in model.modules():

@@ -227,6 +227,34 @@ def test_it_compiles(name):
     assert relative(zoo.run(model, **inputs), expected) < 1e-5
 
 
+@pytest.mark.parametrize("method", ["yarn", "dynamic_yarn"])
+def test_heads_with_axes_are_described_once(method):
+    model = zoo.build("qwen2_5_vl")
+    patch_model(model, method, factor=4, mrope_layout=MRopeLayout("mhrope", (0, 1, 1)))
+
+    (site,) = describe(model).sites
+
+    assert (site.pairs, site.largest_slowdown) == (8, pytest.approx(4))
+    assert site.sound
+
+
+def test_a_text_model_by_itself_is_given_the_positions_of_a_layout():
+    whole = zoo.build("qwen2_5_vl")
+    inputs = zoo_images.image_inputs(whole)
+    text, reference = whole.model.language_model, zoo.build("qwen2_5_vl")
+    patch_model(reference, "none", mrope_layout="videorope")
+    positions, _ = reference.model.get_rope_index(
+        **{name: value for name, value in inputs.items() if not name.startswith("pixel")}
+    )
+
+    patch_model(text, "none", mrope_layout="videorope")
+
+    assert describe(text).visual_positions is None
+    expected = reference.model.language_model
+    arguments = {"input_ids": inputs["input_ids"], "position_ids": positions}
+    assert torch.equal(zoo.run(text, **arguments), zoo.run(expected, **arguments))
+
+
 def test_a_cache_by_heads_cannot_be_turned():
     model = zoo.build("qwen2_5_vl")
     layout = MRopeLayout("mhrope", (0, 1, 1))

@@ -17,12 +17,15 @@ from hf_rope_ext import (
     RopeWarning,
     UnsupportedModelError,
     VisualPositions,
+    available_methods,
     load_pretrained,
     patch_model,
+    patched,
     place_visual_tokens,
     request_length,
     unpatch_model,
 )
+from hf_rope_ext.methods import METHODS
 
 pytestmark = pytest.mark.filterwarnings("ignore::hf_rope_ext.errors.RopeWarning")
 
@@ -238,6 +241,34 @@ def test_it_is_the_positions_that_move():
     # fewer positions are needed: that is what a length-dependent method and a report go by
     length = request_length(model, **inputs)
     assert length.positions == math.ceil(by_hand.max()) + 1
+
+
+@pytest.mark.parametrize("name", available_methods())
+def test_it_composes_with_every_method(name):
+    model = zoo.build("qwen2_vl")
+    inputs = zoo_images.image_inputs(model)
+    method = METHODS[name]
+    knobs = {"factor": 4.0, "long_factor": [4.0] * 8, "rope_theta": 1e7, "power": 0.1}
+    knobs = {knob: knobs[knob] for knob in method.__dataclass_fields__ if knob in knobs}
+    positions, _ = model.model.get_rope_index(**index_arguments(inputs))
+    rule = VisualPositions(factor={"t": 4, "w": 2})
+    by_hand = place_visual_tokens(positions, inputs["mm_token_type_ids"], rule)
+    with patched(model, name, **knobs):
+        expected = zoo.run(model, **inputs, position_ids=by_hand)
+
+    patch_model(model, name, **knobs, visual_positions=rule)
+
+    assert torch.equal(zoo.run(model, **inputs), expected)
+
+
+def test_a_placement_of_another_paper_has_to_be_trained():
+    """Of ERNIE the pairs are VideoRoPE's already, the positions are not."""
+    for model_type, arguments in {
+        "qwen2_vl": {"visual_positions": VisualPositions(placement="reset")},
+        "ernie4_5_vl_moe": {"mrope_layout": "videorope"},
+    }.items():
+        with pytest.warns(RopeWarning, match="is not the placement the model was trained with"):
+            patch_model(zoo.build(model_type), "none", **arguments)
 
 
 def test_it_survives_copies_saving_and_a_second_model(tmp_path):
