@@ -9,6 +9,7 @@ lists divide the trained frequencies pair by pair. What has no such form keeps i
 import copy
 import logging
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -119,18 +120,16 @@ def written(
         beside: Other new attributes of the config.
         has_stock_form: Whether stock code turns the same pairs at the same positions.
     """
-    try:
-        if not has_stock_form:
-            raise ExportError("other pairs, or other positions")
-        return stock_attributes(sites, method, temperature, beside)
-    except ExportError:
-        unscaled = {site.label: unscaled_parameters(site) for site in sites}
-        unread = f"{RECORD}.{method_record(method)['name']}"
-        loud = {label: {**own, "rope_type": unread} for label, own in unscaled.items()}
-        attributes = {"rope_parameters": _nested(sites, loud)}
-        if _reads(sites[0].config, {**beside, **attributes}):
-            return attributes
-        return {"rope_parameters": _nested(sites, unscaled)}
+    if has_stock_form:
+        with suppress(ExportError):
+            return stock_attributes(sites, method, temperature, beside)
+    unscaled = {site.label: unscaled_parameters(site) for site in sites}
+    unread = f"{RECORD}.{method_record(method)['name']}"
+    loud = {label: {**own, "rope_type": unread} for label, own in unscaled.items()}
+    attributes = {"rope_parameters": _nested(sites, loud)}
+    if _reads(sites[0].config, {**beside, **attributes}):
+        return attributes
+    return {"rope_parameters": _nested(sites, unscaled)}
 
 
 def stock_attributes(

@@ -362,7 +362,9 @@ def test_the_documented_code_runs():
     text = (Path(__file__).parent.parent / "docs" / "axial.md").read_text(encoding="utf-8")
     code, _ = re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)
 
-    exec(code, {})
+    names = {}
+    exec(code, names)
+    assert names["cos"].shape == (32 * 64, names["rope"].rotary_dim)
 
 
 @pytest.mark.parametrize("method", [NTK(2.0), DynamicNTK(4.0)])

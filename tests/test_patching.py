@@ -24,6 +24,7 @@ from hf_rope_ext import (
     RopeWarning,
     UnknownMethodError,
     UnsupportedModelError,
+    describe,
     patch_model,
     patched,
     unpatch_model,
@@ -400,6 +401,7 @@ def test_a_window_that_is_off_or_wide_enough_is_not():
     model = mistral(sliding_window=16)
     model.config.use_sliding_window = False
     patch_model(model, "yarn", factor=4)
+    assert describe(model).notes == ()
 
 
 def test_each_row_of_a_batch_has_its_own_length(llama):
