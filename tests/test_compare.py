@@ -407,7 +407,7 @@ def test_intervals_are_wilsons(share, count):
 
 
 def test_intervals_are_scipys():
-    stats = pytest.importorskip("scipy.stats")
+    stats = pytest.importorskip("scipy.stats", reason="the oracle; comes with .[eval]")
     for hits, count in ((0, 10), (3, 10), (10, 10), (77, 500)):
         expected = stats.binomtest(hits, count).proportion_ci(method="wilson")
         assert wilson(hits / count, count) == pytest.approx(tuple(expected), abs=1e-12)

@@ -145,7 +145,7 @@ def test_techniques_that_need_whole_sequences_are_refused_where_they_are_spread(
 @pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
 @pytest.mark.filterwarnings("ignore::UserWarning")
 def test_quantized_weights_are_tuned_and_come_back_with_their_rope(tmp_path, model, data):
-    pytest.importorskip("bitsandbytes")
+    pytest.importorskip("bitsandbytes", reason="quantization is optional")
     done = finetune(recipe(model, data, quantize="4bit"), training(tmp_path / "out"))
 
     inner = done.model.get_base_model()
@@ -225,7 +225,7 @@ def test_liger_is_refused_where_it_would_do_nothing(tmp_path, model, data, liger
 @pytest.mark.slow
 def test_ligers_own_loss_trains_as_the_chunked_one(tmp_path, model, data):
     """On CPUs in triton's interpreter, which has to be chosen before triton is imported."""
-    pytest.importorskip("liger_kernel")
+    pytest.importorskip("liger_kernel", reason="needs triton, which CPUs lack")
     script = (
         "import sys; sys.path.insert(0, sys.argv[1])\n"
         "from pathlib import Path\n"

@@ -217,7 +217,9 @@ def test_lm_evals_hellaswag_runs_unchanged_on_rows_of_ones_own(
 
 
 def test_lm_evals_ruler_runs_unchanged_on_a_patched_model(saved, command, monkeypatch):
-    generator = pytest.importorskip("lm_eval.tasks.ruler.prepare_niah")
+    generator = pytest.importorskip(
+        "lm_eval.tasks.ruler.prepare_niah", reason="needs nltk and wonderwords"
+    )
     own = str(Path(generator.__file__).parent)
     whole = generator.generate_samples
 

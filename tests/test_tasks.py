@@ -547,8 +547,8 @@ def test_lm_evals_score_of_question_answering_is_too_low(lm_ruler):
 
 @given(texts, answers)
 def test_matches_are_lm_evals(prediction, gold):
-    pytest.importorskip("lm_eval")
-    common = pytest.importorskip("lm_eval.tasks.ruler.common_utils")
+    pytest.importorskip("lm_eval", reason="the oracle; pip install .[eval]")
+    common = pytest.importorskip("lm_eval.tasks.ruler.common_utils", reason="needs wonderwords")
 
     theirs = common.string_match_all(common.postprocess_pred([prediction]), [gold])
 
@@ -557,7 +557,7 @@ def test_matches_are_lm_evals(prediction, gold):
 
 @pytest.mark.slow
 def test_the_keys_are_all_of_rulers():
-    wonderwords = pytest.importorskip("wonderwords")
+    wonderwords = pytest.importorskip("wonderwords", reason="comes with .[eval]")
     from hf_rope_ext.evals.tasks.lexicon import adjective_nouns
 
     lists = wonderwords.RandomWord()._categories
