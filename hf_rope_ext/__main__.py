@@ -130,11 +130,7 @@ def plan(
     else:
         (length,) = parse_lengths(target, trained)
     if request is not None and not as_json:
-        out.print(str(request), highlight=False, soft_wrap=True)
-        for words in request.assumed:
-            out.print(f"assumed: {words}", markup=False, highlight=False, soft_wrap=True)
-        if len(set(request.factors.values())) > 1:
-            out.print(f"by axis: factor={json.dumps(request.factors)}", highlight=False)
+        _print_request(request)
     if request is not None and request.factor == 1.0:
         if as_json:
             _print_json({"request": request.to_dict()})
@@ -147,12 +143,25 @@ def plan(
     if as_json:
         _print_json(asdict(found) | ({} if request is None else {"request": request.to_dict()}))
         return
+    _print_plan(found, site.geometry.pairs)
+
+
+def _print_request(request: Any) -> None:
+    out.print(str(request), highlight=False, soft_wrap=True)
+    for words in request.assumed:
+        out.print(f"assumed: {words}", markup=False, highlight=False, soft_wrap=True)
+    if len(set(request.factors.values())) > 1:
+        out.print(f"by axis: factor={json.dumps(request.factors)}", highlight=False)
+
+
+def _print_plan(found: Any, pairs: int) -> None:
     out.print(
-        f"{trained} -> {length} positions: factor {found.factor:g}. Keys and values of one "
-        f"sequence: {found.cache_bytes / 2**30:.3g} GiB.",
+        f"{found.trained_length} -> {found.target_length} positions: factor {found.factor:g}. "
+        f"Keys and values of one sequence: {found.cache_bytes / 2**30:.3g} GiB.",
         highlight=False,
+        soft_wrap=True,
     )
-    table = Table(title=f"{site.geometry.pairs} pairs", title_justify="left")
+    table = Table(title=f"{pairs} pairs", title_justify="left")
     table.add_column("method", no_wrap=True)
     for heading in ("kept", "between", "slowed in full", "unseen angles", "cos, sin", "nearest"):
         table.add_column(heading, justify="right")
