@@ -21,7 +21,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hf_rope_ext import patch_model, patched, planned, unpatch_model
-from hf_rope_ext.sites import read_sites
+from hf_rope_ext.models.sites import read_sites
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
 import zoo

@@ -12,7 +12,7 @@ from overhead import SIZES, build, ratios, seconds
 from recording import record
 
 from hf_rope_ext import patch_model, planned, request_plan
-from hf_rope_ext.lengths import plan_of
+from hf_rope_ext.rotary.request_plan import plan_of
 
 PROMPT, STEPS = 768, 16
 

@@ -33,8 +33,8 @@ from hf_rope_ext.evals.tasks import build_dataset
 from hf_rope_ext.evals.tasks.base import Place
 from hf_rope_ext.evals.tasks.passkey import Passkey
 from hf_rope_ext.evals.text import encode_pair, read_text, tokenize
-from hf_rope_ext.loading import load_unpatched
 from hf_rope_ext.parsing import parse_methods
+from hf_rope_ext.saving.loading import load_unpatched
 
 METHODS = "none,linear,ntk,ntk_by_parts,yarn"
 FACTOR = 4.0

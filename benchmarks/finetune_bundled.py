@@ -19,10 +19,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, TrainingArguments
 
 from hf_rope_ext import patched
 from hf_rope_ext.assets import DIRECTORY, TEXT
-from hf_rope_ext.evals.passkey import SENTENCE
 from hf_rope_ext.evals.text import tokenize
+from hf_rope_ext.evals.text_passkey import SENTENCE
 from hf_rope_ext.finetune import Recipe, finetune
-from hf_rope_ext.finetune.evaluation import Evaluation
+from hf_rope_ext.finetune.callback import Evaluation
 
 METHODS = ("none", "linear", "ntk", "yarn")
 TRAINED, FACTOR = 512, 4

@@ -19,7 +19,7 @@ from torch import nn
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.models.llama.modeling_llama import eager_attention_forward
 
-from hf_rope_ext.finetune.shifted import _GROUPS, shifted_attention
+from hf_rope_ext.attention.shifted import _GROUPS, shifted_attention
 
 TOKENS, HEADS, HEAD_DIM, GROUPS, BLOCKS = 8192, 4, 64, 4, 3
 FULL = {"fused": sdpa_attention_forward, "eager": eager_attention_forward}

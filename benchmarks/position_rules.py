@@ -16,10 +16,10 @@ import torch  # noqa: E402
 import zoo  # noqa: E402
 from torch import Tensor  # noqa: E402
 
-from hf_rope_ext.axes import axis_names  # noqa: E402
-from hf_rope_ext.loading import skeleton  # noqa: E402
-from hf_rope_ext.measuring import position_rule  # noqa: E402
-from hf_rope_ext.sites import read_sites  # noqa: E402
+from hf_rope_ext.models.sites import read_sites  # noqa: E402
+from hf_rope_ext.planning.request_length import position_rule  # noqa: E402
+from hf_rope_ext.rotary.axes import axis_names  # noqa: E402
+from hf_rope_ext.saving.loading import skeleton  # noqa: E402
 
 MODEL_TYPES = (
     "cohere_compass",

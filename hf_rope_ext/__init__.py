@@ -1,8 +1,7 @@
 """Extend the context of RoPE models: exact, reversible, and saved so that stock tools load it."""
 
 from hf_rope_ext.axial import AxialRope
-from hf_rope_ext.caching import planned
-from hf_rope_ext.describe import describe
+from hf_rope_ext.cache.generation import planned
 from hf_rope_ext.errors import (
     AlreadyScaledError,
     ExportError,
@@ -14,15 +13,16 @@ from hf_rope_ext.errors import (
     UnknownMethodError,
     UnsupportedModelError,
 )
-from hf_rope_ext.export import Export, export
-from hf_rope_ext.layouts import MRopeLayout
-from hf_rope_ext.lengths import RequestPlan, request_plan
-from hf_rope_ext.loading import load_pretrained, save_pretrained
-from hf_rope_ext.measuring import RequestLength, request_length
 from hf_rope_ext.methods import available_methods
-from hf_rope_ext.patching import patch_model, patched, unpatch_model
-from hf_rope_ext.positions import VisualPositions, place_visual_tokens
-from hf_rope_ext.sizes import Video, visual_length
+from hf_rope_ext.patching.describe import describe
+from hf_rope_ext.patching.patch import patch_model, patched, unpatch_model
+from hf_rope_ext.planning.request_length import RequestLength, request_length
+from hf_rope_ext.planning.visual_length import Video, visual_length
+from hf_rope_ext.positions.layouts import MRopeLayout
+from hf_rope_ext.positions.placement import VisualPositions, place_visual_tokens
+from hf_rope_ext.rotary.request_plan import RequestPlan, request_plan
+from hf_rope_ext.saving.engines import Export, export
+from hf_rope_ext.saving.loading import load_pretrained, save_pretrained
 
 __version__ = "0.1.0"
 

@@ -48,7 +48,7 @@ def inspect(
     as_json: AsJson = False,
 ) -> None:
     """Show a model's RoPE: geometry, pairs, wavelengths, and the scaling it comes with."""
-    from hf_rope_ext.planning import inspect_config
+    from hf_rope_ext.planning.extension import inspect_config
 
     found = inspect_config(_config(model))
     if as_json:
@@ -108,8 +108,8 @@ def plan(
 
     The length is a target, or that of a request with images and videos in positions.
     """
-    from hf_rope_ext.planning import plan_extension, text_site
-    from hf_rope_ext.sizes import Video, visual_length
+    from hf_rope_ext.planning.extension import plan_extension, text_site
+    from hf_rope_ext.planning.visual_length import Video, visual_length
 
     asked = bool(image or video or text)
     if asked == (target is not None):
@@ -196,10 +196,10 @@ def export_command(
     as_json: AsJson = False,
 ) -> None:
     """Print what makes another engine compute a method on a model."""
-    from hf_rope_ext.export import export
-    from hf_rope_ext.loading import read_config
-    from hf_rope_ext.planning import text_site
-    from hf_rope_ext.records import recorded_method
+    from hf_rope_ext.planning.extension import text_site
+    from hf_rope_ext.saving.engines import export
+    from hf_rope_ext.saving.loading import read_config
+    from hf_rope_ext.saving.record import recorded_method
 
     config, record = read_config(model or _bundled())
     if record is not None and "vision" in (record.get("target"), *record):
@@ -278,8 +278,8 @@ def compare(
     from hf_rope_ext.evals.journal import Cell
     from hf_rope_ext.evals.measures import describe_tasks, needs_processor
     from hf_rope_ext.evals.text import read_text
-    from hf_rope_ext.loading import load_processor, load_unpatched
-    from hf_rope_ext.planning import text_site
+    from hf_rope_ext.planning.extension import text_site
+    from hf_rope_ext.saving.loading import load_processor, load_unpatched
 
     if tasks == "list":
         for name, what in describe_tasks().items():
@@ -341,7 +341,7 @@ def compare(
 )
 def eval_command(context: typer.Context) -> None:
     """Run lm-eval on a patched model; takes lm-eval's own arguments."""
-    from hf_rope_ext.evals.launcher import launch
+    from hf_rope_ext.evals.lm_eval.command import launch
 
     launch(context.args)
 
@@ -356,7 +356,7 @@ def plot(
     as_json: AsJson = False,
 ) -> None:
     """Draw what methods do to a model's pairs, and how attention decays over distance."""
-    from hf_rope_ext.planning import curves, text_site
+    from hf_rope_ext.planning.extension import curves, text_site
 
     geometry = text_site(_config(model), original).geometry
     found = curves(geometry, parse_methods(methods, factor), factor)
@@ -439,7 +439,7 @@ def main() -> None:
 
 
 def _config(model: str | None) -> Any:
-    from hf_rope_ext.loading import read_config
+    from hf_rope_ext.saving.loading import read_config
 
     return read_config(model or _bundled())[0]
 

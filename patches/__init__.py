@@ -1,6 +1,6 @@
 """What differs between model families, as data; see README.md beside this file to add one."""
 
-from hf_rope_ext.families import Family
+from hf_rope_ext.models.family import Family
 
 from . import (
     deepseek,

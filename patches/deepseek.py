@@ -1,6 +1,6 @@
 """Families with DeepSeek's multi-head latent attention."""
 
-from hf_rope_ext.families import Family
+from hf_rope_ext.models.family import Family
 
 FAMILIES = (
     Family(

@@ -1,6 +1,6 @@
 """ERNIE 4.5 VL: pairs are stored by axis, height and width before time."""
 
-from hf_rope_ext.families import Config, Family
+from hf_rope_ext.models.family import Config, Family
 
 
 def by_axis(config: Config) -> list[int]:

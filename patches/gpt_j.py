@@ -1,6 +1,6 @@
 """Families that look sines and cosines up in a table of their own."""
 
-from hf_rope_ext.families import Family
+from hf_rope_ext.models.family import Family
 
 FAMILIES = (
     Family(model_types=("codegen", "gptj"), table="embed_positions", base=10000.0),

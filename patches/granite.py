@@ -1,6 +1,6 @@
 """Granite and Molmo, whose layers do not all share one rotary embedding."""
 
-from hf_rope_ext.families import Family
+from hf_rope_ext.models.family import Family
 
 FAMILIES = (
     Family(model_types=("granite_swa", "granitemoe_swa"), fixed_theta=True),

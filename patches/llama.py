@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from hf_rope_ext.families import Family
+from hf_rope_ext.models.family import Family
 
 
 def with_image(model: nn.Module) -> dict[str, Any]:

@@ -1,6 +1,6 @@
 """Mistral's recent models, which read their scaling again in every forward."""
 
-from hf_rope_ext.families import Family
+from hf_rope_ext.models.family import Family
 
 FAMILIES = (
     Family(

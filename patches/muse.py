@@ -4,7 +4,7 @@ from typing import Any
 
 from torch import nn
 
-from hf_rope_ext.families import Family
+from hf_rope_ext.models.family import Family
 
 
 def hidden_states(model: nn.Module) -> dict[str, Any]:

@@ -1,6 +1,6 @@
 """Phi: only LongRoPE in the config, and PhiMoE, which computes its frequencies in every forward."""
 
-from hf_rope_ext.families import Family
+from hf_rope_ext.models.family import Family
 
 FAMILIES = (
     Family(model_types=("phi3", "phi4_multimodal"), stock_types=("default", "longrope")),

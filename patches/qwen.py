@@ -1,8 +1,8 @@
 """Qwen: what the model cards say about extending them."""
 
-from hf_rope_ext.families import Family
 from hf_rope_ext.geometry import RopeGeometry
 from hf_rope_ext.methods import Method
+from hf_rope_ext.models.family import Family
 
 QWEN3_MAX_POSITION_EMBEDDINGS = 40960
 

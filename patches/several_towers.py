@@ -1,6 +1,6 @@
 """Composite models whose text runs through more than one tower."""
 
-from hf_rope_ext.families import Family
+from hf_rope_ext.models.family import Family
 
 KEYS_OF_ANOTHER_TOWER = (
     "one tower's queries meet keys that another tower rotated, in a call that saw other positions "

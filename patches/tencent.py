@@ -1,6 +1,6 @@
 """Hunyuan, which normalises queries and keys after rotating them."""
 
-from hf_rope_ext.families import Family
+from hf_rope_ext.models.family import Family
 
 FAMILIES = (
     Family(model_types=("hunyuan_v1_dense", "hunyuan_v1_moe"), norm_after_rope=True),

@@ -1,6 +1,6 @@
 """Vision towers whose patches have other axes than row and column, or pairs in another order."""
 
-from hf_rope_ext.families import Config, Family
+from hf_rope_ext.models.family import Config, Family
 
 
 def _even_then_odd(config: Config) -> list[int]:

@@ -1,6 +1,6 @@
 """Families that take no scaling in their config."""
 
-from hf_rope_ext.families import Family
+from hf_rope_ext.models.family import Family
 
 FAMILIES = (
     Family(model_types=("cosmos3_edge_text",), stock_types=("default",), frames_apart=True),

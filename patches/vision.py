@@ -1,6 +1,6 @@
 """Vision-language models: the axes of their positions, and how they place images and videos."""
 
-from hf_rope_ext.families import Family
+from hf_rope_ext.models.family import Family
 
 FAMILIES = (
     Family(

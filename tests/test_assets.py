@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from hf_rope_ext import assets
 from hf_rope_ext.assets.train import Recipe, build_model
 from hf_rope_ext.assets.windows import CLOSE, CUE, KEY_DIGITS, Windows
-from hf_rope_ext.evals.passkey import SENTENCE
+from hf_rope_ext.evals.text_passkey import SENTENCE
 
 
 @pytest.fixture(scope="module")

@@ -16,11 +16,11 @@ from transformers import PreTrainedTokenizerFast
 from hf_rope_ext import AlreadyScaledError, RopeError, patch_model
 from hf_rope_ext.evals.compare import Comparison, compare
 from hf_rope_ext.evals.journal import Cell
-from hf_rope_ext.evals.passkey import PasskeyTask
 from hf_rope_ext.evals.perplexity import PerplexityTask
 from hf_rope_ext.evals.report import load_report
 from hf_rope_ext.evals.scoring import score_last
 from hf_rope_ext.evals.text import read_text, tokenize
+from hf_rope_ext.evals.text_passkey import PasskeyTask
 from hf_rope_ext.methods import Linear, NoScaling, Yarn
 from hf_rope_ext.parsing import parse_lengths, parse_methods
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
 from hf_rope_ext import UnsupportedModelError, patch_model, unpatch_model
-from hf_rope_ext.families import find_rotaries
+from hf_rope_ext.models.find import find_rotaries
 
 TRAINED, FACTOR, LENGTH = zoo.TRAINED, 4.0, 100
 STEPS = 6

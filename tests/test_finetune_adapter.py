@@ -19,7 +19,6 @@ from hf_rope_ext import (
     save_pretrained,
     unpatch_model,
 )
-from hf_rope_ext.adapters import ADAPTER_RECORD
 from hf_rope_ext.finetune import (
     load_adapter,
     merge_adapter,
@@ -27,6 +26,7 @@ from hf_rope_ext.finetune import (
     target_modules,
     with_adapter,
 )
+from hf_rope_ext.saving.adapters import ADAPTER_RECORD
 
 
 @pytest.fixture

@@ -22,7 +22,7 @@ from hf_rope_ext import RopeError, load_pretrained, patch_model
 from hf_rope_ext.__main__ import main
 from hf_rope_ext.finetune import estimate_memory, finetune, parse, with_adapter
 from hf_rope_ext.finetune.recipe import describe_flags
-from hf_rope_ext.patching import patch_of
+from hf_rope_ext.rotary.installed import patch_of
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 

@@ -21,7 +21,8 @@ from transformers import AutoModelForCausalLM, Trainer
 from hf_rope_ext import RopeError, load_pretrained
 from hf_rope_ext.finetune import RememberRope, finetune, merge_adapter, parse, with_adapter
 from hf_rope_ext.finetune.trainer import last_checkpoint
-from hf_rope_ext.patching import patch_model, patch_of
+from hf_rope_ext.patching.patch import patch_model
+from hf_rope_ext.rotary.installed import patch_of
 
 HERE = Path(__file__).parent
 

@@ -20,9 +20,9 @@ from safetensors.torch import load_file
 from test_finetune_run import HERE, assert_same, launch
 
 from hf_rope_ext import RopeError, load_pretrained
-from hf_rope_ext.adapters import ADAPTER_RECORD
 from hf_rope_ext.finetune import finetune
-from hf_rope_ext.finetune.evaluation import Evaluation
+from hf_rope_ext.finetune.callback import Evaluation
+from hf_rope_ext.saving.adapters import ADAPTER_RECORD
 
 CONFIGS = HERE.parent / "examples" / "finetune"
 

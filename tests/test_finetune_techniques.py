@@ -11,7 +11,7 @@ from hf_rope_ext.finetune import finetune, position_skips, use_shifted_attention
 from hf_rope_ext.finetune.build import windowed
 from hf_rope_ext.finetune.sequences import MixedWindows, collate
 from hf_rope_ext.methods import DynamicYarn, LongRope, Yarn
-from hf_rope_ext.patching import patch_of
+from hf_rope_ext.rotary.installed import patch_of
 
 
 @pytest.fixture(autouse=True)
@@ -144,7 +144,7 @@ def naive(query, key, value, groups, mask=None):
 @pytest.mark.parametrize("padded", [False, True])
 @pytest.mark.parametrize(("heads", "kv_heads"), [(4, 2), (3, 1)])
 def test_shifted_attention_is_the_pattern_it_says(padded, heads, kv_heads):
-    from hf_rope_ext.finetune.shifted import shifted_attention
+    from hf_rope_ext.attention.shifted import shifted_attention
 
     module = torch.nn.Module()
     module._hf_rope_groups = 4

@@ -21,7 +21,7 @@ from hf_rope_ext import (
     patch_model,
     unpatch_model,
 )
-from hf_rope_ext.layouts import LAYOUTS
+from hf_rope_ext.positions.layouts import LAYOUTS
 
 pytestmark = pytest.mark.filterwarnings("ignore::hf_rope_ext.errors.RopeWarning")
 

@@ -27,7 +27,7 @@ from hf_rope_ext import (
     unpatch_model,
 )
 from hf_rope_ext.methods import make_method
-from hf_rope_ext.sites import read_sites
+from hf_rope_ext.models.sites import read_sites
 
 pytestmark = pytest.mark.filterwarnings("ignore::hf_rope_ext.RopeWarning")
 

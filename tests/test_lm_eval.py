@@ -11,7 +11,7 @@ from lm_eval.models.huggingface import HFLM
 from test_evals import TEXT, make_tokenizer
 
 from hf_rope_ext import RopeError, load_pretrained, patch_model, patched, save_pretrained
-from hf_rope_ext.evals.lm import RopeHFLM
+from hf_rope_ext.evals.lm_eval.model import RopeHFLM
 from hf_rope_ext.evals.scoring import score_tokens
 
 LONG = 4 * TRAINED

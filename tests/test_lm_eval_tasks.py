@@ -16,10 +16,10 @@ from test_evals import TEXT, make_tokenizer
 
 from hf_rope_ext import RopeError, load_pretrained, patch_model
 from hf_rope_ext.__main__ import main
-from hf_rope_ext.evals import launcher
 from hf_rope_ext.evals.compare import evaluate
-from hf_rope_ext.evals.lm import RopeHFLM
-from hf_rope_ext.evals.lm_tasks import TASK_DIRECTORY, TEXT_OPTIONS, RopeTask, task_manager
+from hf_rope_ext.evals.lm_eval import command as launcher
+from hf_rope_ext.evals.lm_eval.model import RopeHFLM
+from hf_rope_ext.evals.lm_eval.tasks import TASK_DIRECTORY, TEXT_OPTIONS, RopeTask, task_manager
 from hf_rope_ext.evals.tasks import TASKS
 
 TRAINED = 128

@@ -32,10 +32,10 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 
 import position_rules  # noqa: E402
 
-from hf_rope_ext.loading import skeleton  # noqa: E402
-from hf_rope_ext.measuring import position_rule  # noqa: E402
-from hf_rope_ext.sites import read_sites  # noqa: E402
-from hf_rope_ext.sizes import _MadeUp  # noqa: E402
+from hf_rope_ext.models.sites import read_sites  # noqa: E402
+from hf_rope_ext.planning.request_length import position_rule  # noqa: E402
+from hf_rope_ext.planning.visual_length import _MadeUp  # noqa: E402
+from hf_rope_ext.saving.loading import skeleton  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore::hf_rope_ext.errors.RopeWarning")
 

@@ -35,11 +35,11 @@ from hf_rope_ext import (
     request_plan,
     unpatch_model,
 )
-from hf_rope_ext.families import find_rotaries
-from hf_rope_ext.loading import read_config
 from hf_rope_ext.methods import make_method
-from hf_rope_ext.rotary import ExtendedRotary
-from hf_rope_ext.sites import read_sites
+from hf_rope_ext.models.find import find_rotaries
+from hf_rope_ext.models.sites import read_sites
+from hf_rope_ext.rotary.extended import ExtendedRotary
+from hf_rope_ext.saving.loading import read_config
 
 TRAINED = zoo.TRAINED
 FAMILIES = sorted(zoo_images.FAMILIES)

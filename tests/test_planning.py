@@ -11,7 +11,7 @@ from transformers import LlamaConfig
 from hf_rope_ext import RopeError
 from hf_rope_ext.geometry import RopeGeometry
 from hf_rope_ext.methods import Dynamic, Linear, NoScaling, Yarn
-from hf_rope_ext.planning import (
+from hf_rope_ext.planning.extension import (
     cache_bytes,
     curves,
     decay,

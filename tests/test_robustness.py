@@ -18,7 +18,7 @@ from transformers import (
 
 from hf_rope_ext import patch_model, unpatch_model
 from hf_rope_ext.methods import Yarn
-from hf_rope_ext.rotary import ExtendedRotary
+from hf_rope_ext.rotary.extended import ExtendedRotary
 
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": TRAINED}
 

@@ -16,11 +16,11 @@ from transformers import AutoProcessor, Qwen2_5_VLConfig
 from hf_rope_ext import RopeError, patched
 from hf_rope_ext.__main__ import app
 from hf_rope_ext.evals.compare import Comparison, compare, evaluate
-from hf_rope_ext.evals.films import Projector
 from hf_rope_ext.evals.measures import Bench, make_measures
 from hf_rope_ext.evals.tasks.base import Place
 from hf_rope_ext.evals.tasks.frames import COLORS, SEGMENTS, Card, Frame, draw_frame
 from hf_rope_ext.evals.tasks.visual_needle import VisualNeedle
+from hf_rope_ext.evals.visual_documents import Projector
 from hf_rope_ext.methods import Linear, NoScaling
 
 PIXELS = 48

@@ -32,9 +32,9 @@ from hf_rope_ext import (
     unpatch_model,
 )
 from hf_rope_ext.__main__ import main
-from hf_rope_ext.families import innermost_models
 from hf_rope_ext.methods import NTK, Linear, Yarn
-from hf_rope_ext.towers import patches_for
+from hf_rope_ext.models.find import innermost_models
+from hf_rope_ext.rotary.vision_towers import patches_for
 
 pytestmark = pytest.mark.filterwarnings("ignore::hf_rope_ext.errors.RopeWarning")
 

@@ -12,7 +12,7 @@ from hf_rope_ext.errors import RopeError
 from hf_rope_ext.evals.scoring import keeps_logits, score_last
 from hf_rope_ext.evals.tasks import score
 from hf_rope_ext.evals.text import encode, encode_pair
-from hf_rope_ext.patching import patch_of
+from hf_rope_ext.rotary.installed import patch_of
 
 PREFILL = 4096
 """Tokens of a prompt that go through the layers at once where a cache is filled."""

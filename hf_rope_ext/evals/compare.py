@@ -17,9 +17,10 @@ from hf_rope_ext.evals.journal import Cell, Journal
 from hf_rope_ext.evals.measures import Bench, Measure, make_measures
 from hf_rope_ext.evals.report import SCHEMA_VERSION, Report, environment
 from hf_rope_ext.methods import Method, NoScaling, method_record
+from hf_rope_ext.models.sites import read_sites
 from hf_rope_ext.parsing import parse_lengths
-from hf_rope_ext.patching import patch_of, patched
-from hf_rope_ext.sites import read_sites
+from hf_rope_ext.patching.patch import patched
+from hf_rope_ext.rotary.installed import patch_of
 
 TOKENS_AT_ONCE = 8192
 """Tokens of one forward at most; a longer single row still goes in one."""

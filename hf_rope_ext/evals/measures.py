@@ -9,8 +9,6 @@ from torch import Tensor, nn
 
 from hf_rope_ext.errors import RopeError
 from hf_rope_ext.evals.answering import Row, answer, to_row
-from hf_rope_ext.evals.films import FilmMeasure
-from hf_rope_ext.evals.passkey import PasskeyTask
 from hf_rope_ext.evals.perplexity import LongPerplexityTask, PerplexityTask
 from hf_rope_ext.evals.statistics import by_place
 from hf_rope_ext.evals.tasks import (
@@ -22,6 +20,8 @@ from hf_rope_ext.evals.tasks import (
 )
 from hf_rope_ext.evals.tasks.visual_needle import VisualNeedle
 from hf_rope_ext.evals.text import tokenize
+from hf_rope_ext.evals.text_passkey import PasskeyTask
+from hf_rope_ext.evals.visual_documents import FilmMeasure
 from hf_rope_ext.parsing import parse_tasks
 
 GROUPS = {

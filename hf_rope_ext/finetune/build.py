@@ -5,16 +5,17 @@ from typing import Any
 import torch
 from torch import nn
 
+from hf_rope_ext.attention.shifted import use_shifted_attention
 from hf_rope_ext.errors import RopeError
 from hf_rope_ext.finetune.lora import TARGETS, with_adapter
 from hf_rope_ext.finetune.recipe import Recipe
-from hf_rope_ext.finetune.shifted import use_shifted_attention
 from hf_rope_ext.geometry import RopeGeometry
-from hf_rope_ext.loading import load_pretrained, read_config
 from hf_rope_ext.methods import LongRope, Method
+from hf_rope_ext.models.sites import read_sites
 from hf_rope_ext.parsing import parse_methods
-from hf_rope_ext.patching import patch_model, patch_of
-from hf_rope_ext.sites import read_sites
+from hf_rope_ext.patching.patch import patch_model
+from hf_rope_ext.rotary.installed import patch_of
+from hf_rope_ext.saving.loading import load_pretrained, read_config
 
 
 def load_base(recipe: Recipe) -> nn.Module:

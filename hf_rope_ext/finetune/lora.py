@@ -7,8 +7,8 @@ import torch
 from torch import nn
 
 from hf_rope_ext.errors import RopeError
-from hf_rope_ext.families import find_rotaries
-from hf_rope_ext.patching import patch_of
+from hf_rope_ext.models.find import find_rotaries
+from hf_rope_ext.rotary.installed import patch_of
 
 ADAPTERS = ("lora", "rslora", "dora", "full")
 """What can be trained: low-rank updates, two variants of them, or every weight of the text model.

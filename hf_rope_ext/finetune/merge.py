@@ -4,9 +4,10 @@ from pathlib import Path
 from typing import Any
 
 from hf_rope_ext.errors import RopeError
-from hf_rope_ext.export import export
-from hf_rope_ext.loading import load_pretrained
-from hf_rope_ext.patching import patch_model, patch_of
+from hf_rope_ext.patching.patch import patch_model
+from hf_rope_ext.rotary.installed import patch_of
+from hf_rope_ext.saving.engines import export
+from hf_rope_ext.saving.loading import load_pretrained
 
 
 def merge_adapter(

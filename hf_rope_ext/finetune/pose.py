@@ -12,9 +12,9 @@ from typing import Any
 from torch import Tensor, nn
 
 from hf_rope_ext.errors import RopeError
-from hf_rope_ext.patching import patch_of
-from hf_rope_ext.rotary import ExtendedRotary
-from hf_rope_ext.table import ExtendedTable
+from hf_rope_ext.rotary.extended import ExtendedRotary
+from hf_rope_ext.rotary.extended_table import ExtendedTable
+from hf_rope_ext.rotary.installed import patch_of
 
 
 class PositionSkips:

@@ -19,8 +19,8 @@ from transformers.trainer_callback import ProgressCallback
 
 from hf_rope_ext.errors import RopeError
 from hf_rope_ext.finetune.build import load_base, patch, trainable, trained_length
+from hf_rope_ext.finetune.callback import Evaluation
 from hf_rope_ext.finetune.documents import Source, Stream, load_documents, split_stream
-from hf_rope_ext.finetune.evaluation import Evaluation
 from hf_rope_ext.finetune.loss import causal_model, chunked_loss
 from hf_rope_ext.finetune.memory import MemoryEstimate, estimate_memory, out_of_memory
 from hf_rope_ext.finetune.monitor import CURVE, Journal, Progress, plot_curve
@@ -29,7 +29,7 @@ from hf_rope_ext.finetune.recipe import Recipe
 from hf_rope_ext.finetune.sequences import MixedWindows, Sequences, SkipWise, collate
 from hf_rope_ext.finetune.trainer import LongContextTrainer, last_checkpoint
 from hf_rope_ext.parsing import parse_lengths
-from hf_rope_ext.patching import patch_of
+from hf_rope_ext.rotary.installed import patch_of
 
 RECIPE = "recipe.json"
 

@@ -8,9 +8,9 @@ from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback
 from transformers.trainer_callback import TrainerState
 
-from hf_rope_ext.adapters import save_record, weights_record
-from hf_rope_ext.finetune.evaluation import Evaluation
+from hf_rope_ext.finetune.callback import Evaluation
 from hf_rope_ext.finetune.pose import PositionSkips
+from hf_rope_ext.saving.adapters import save_record, weights_record
 
 STATE = "trainer_state.json"
 """The file that Trainer writes last in a checkpoint."""

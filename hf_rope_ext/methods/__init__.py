@@ -10,11 +10,9 @@ from typing import Any
 
 from hf_rope_ext.errors import MethodParameterError, UnknownMethodError
 from hf_rope_ext.methods.base import Base
+from hf_rope_ext.methods.clamped import DynamicLinear, DynamicNTK, DynamicYarn
 from hf_rope_ext.methods.cope import Cope
 from hf_rope_ext.methods.dynamic import Dynamic
-from hf_rope_ext.methods.dynamic_linear import DynamicLinear
-from hf_rope_ext.methods.dynamic_ntk import DynamicNTK
-from hf_rope_ext.methods.dynamic_yarn import DynamicYarn
 from hf_rope_ext.methods.giraffe import Giraffe
 from hf_rope_ext.methods.linear import Linear
 from hf_rope_ext.methods.llama3 import Llama3

@@ -2,11 +2,10 @@
 
 import abc
 import math
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from numbers import Real
 from typing import Any, ClassVar
 
-import torch
 from torch import Tensor
 
 from hf_rope_ext.errors import MethodParameterError
@@ -52,7 +51,7 @@ class Method(abc.ABC):
         """Return the scaling keys of transformers' config that mean this method exactly.
 
         None where transformers has no such ``rope_type``; a static plan can then still be written
-        as its frequencies (see `hf_rope_ext.checkpoint`).
+        as its frequencies (see `hf_rope_ext.models.rope_config`).
         """
         return None
 
@@ -78,42 +77,6 @@ class Stretched(Method):
     def plan(self, geometry: RopeGeometry) -> FrequencyPlan:
         """Return the plan at ``factor``."""
         return self.stretch(geometry, self.factor)
-
-
-@dataclass(frozen=True)
-class ClampedScale(Stretched):
-    """A static method that follows the request: ``scale = clamp(length / trained, 1, factor)``.
-
-    The paper's dynamic scaling (YaRN, arXiv:2309.00071, sec. 3.3): the stretch is what the request
-    needs and no more, so a request within the trained length is left alone. Subclasses name the
-    static method as their second base and in ``static``.
-    """
-
-    static: ClassVar[type[Stretched]]
-
-    @property
-    def length_dependent(self) -> bool:
-        """Whether the plan depends on the length of the request."""
-        return True
-
-    def plan(self, geometry: RopeGeometry) -> FrequencyPlan:
-        """Return the trained frequencies."""
-        return FrequencyPlan(geometry.inv_freq())
-
-    def plan_at(self, geometry: RopeGeometry, length: Tensor) -> FrequencyPlan:
-        """Return the static method's plan at each row's own scale."""
-        trained = geometry.original_max_position_embeddings
-        return self.stretch(geometry, torch.clamp(length / trained, 1.0, self.factor))
-
-    def frozen(self, geometry: RopeGeometry, length: int) -> Method:
-        """Return the static method with the plan a request of ``length`` gets."""
-        scale = length / geometry.original_max_position_embeddings
-        knobs = {field.name: getattr(self, field.name) for field in fields(self.static)}
-        return self.static(**{**knobs, "factor": min(max(scale, 1.0), self.factor)})
-
-    def rope_parameters(self, geometry: RopeGeometry) -> dict[str, Any] | None:
-        """Return None: transformers has no type for it."""
-        return None
 
 
 class Modifier(Method):

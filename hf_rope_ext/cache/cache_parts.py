@@ -1,0 +1,29 @@
+"""What transformers' caches are made of."""
+
+from typing import Any
+
+CACHES = ("past_key_values", "cache_params")
+
+
+def _own(cache: Any) -> Any:
+    """Return the part of a cache that self-attention fills."""
+    return getattr(cache, "self_attention_cache", cache)
+
+
+def _fixed_size(cache: Any) -> int | None:
+    """Return the tokens a cache of fixed size has room for, None for one that grows."""
+    from transformers.cache_utils import StaticLayer
+
+    sizes = [layer.max_cache_len for layer in cache.layers if isinstance(layer, StaticLayer)]
+    return max(sizes, default=None)
+
+
+def _cache_of(output: Any) -> Any:
+    """Return the cache in a model's output, None where there is none."""
+    from transformers import Cache
+
+    for name in CACHES:
+        if getattr(output, name, None) is not None:
+            return getattr(output, name)
+    parts = output if isinstance(output, tuple) else ()
+    return next((part for part in parts if isinstance(part, Cache)), None)

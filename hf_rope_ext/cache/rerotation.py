@@ -1,0 +1,283 @@
+"""Turn cached keys from one plan's angles to another's.
+
+A cached key is ``R(position * inv_freq) k``, so turning it by the difference of two plans' angles
+moves it from one to the other. Which two coordinates of a key turn together, with which sign, at
+which frequency, by which axis of the position, and whether the temperature is in them, differs
+between families; here it is read off the model itself, from keys of single tokens computed under
+chosen angles. That turns the first layer's keys exactly; those of deeper layers come from hidden
+states made under the older plan and keep a residual.
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hf_rope_ext.errors import RopeError
+from hf_rope_ext.geometry import Scale
+from hf_rope_ext.models.smallest_call import arguments_for
+from hf_rope_ext.rotary.extended import ExtendedRotary
+from hf_rope_ext.rotary.request_plan import RUNNING, Call, LengthPolicy, Plan
+
+SAMPLES = 16
+"""Single tokens looked at; so many numbers that no two coordinates agree by chance."""
+PARTS = ("keys", "values")
+"""What a cache layer holds; multi-head latent attention keeps its rotated part in either."""
+
+
+@dataclass(frozen=True, eq=False)
+class Turning:
+    """How one tensor of one cache layer turns, per coordinate of its last dimension.
+
+    Args:
+        key: The rotary embedding and layer type that turns it.
+        turns: Whether the coordinate turns at all.
+        partner: The coordinate it turns together with.
+        gain: What a quarter turn makes of the partner: plus or minus one, times the weight of a
+            norm behind the rotation.
+        pair: Index of its frequency.
+        axis: Axis of its position, 0 for text.
+        is_scaled: Whether it is multiplied by the attention scaling.
+    """
+
+    key: str
+    turns: Tensor
+    partner: Tensor
+    gain: Tensor
+    pair: Tensor
+    axis: Tensor
+    is_scaled: bool
+
+    def mixes_axes(self) -> bool:
+        """Return whether the two coordinates of a pair turn by different axes of the position."""
+        return bool((self.axis[self.partner] != self.axis)[self.turns].any())
+
+
+KeyLayout = Mapping[tuple[int, str], Turning]
+"""By cache layer and part; tensors that do not turn are left out."""
+
+
+def axes(rotary: ExtendedRotary) -> int:
+    """Return how many axes the positions of a rotary embedding have."""
+    section = getattr(rotary, "mrope_section", None)
+    if isinstance(section, dict):  # by layer type
+        section = next(iter(section.values()), None)
+    return len(section) if section else 1
+
+
+def turn_keys(
+    cache: Any, layout: KeyLayout, plan: Plan, frequencies: Mapping[str, tuple[Tensor, Scale]]
+) -> None:
+    """Turn what a cache holds, in float32, from a plan's frequencies to others.
+
+    Args:
+        cache: transformers' cache.
+        layout: How its tensors turn.
+        plan: The plan it was filled under, with the positions of its tokens.
+        frequencies: The frequencies and scaling to turn to, by rotary embedding and layer type.
+
+    Raises:
+        RopeError: If the cache keeps its keys in a form that cannot be turned; nothing is changed.
+    """
+    for layer in cache.layers:
+        if hasattr(layer, "_quantized_keys") or hasattr(layer, "_dequantize"):
+            raise RopeError(
+                f"{type(layer).__name__} keeps rounded keys, which cannot be turned to a longer "
+                f"plan; nothing was changed. Run the loop in `planned(max_length)`."
+            )
+    assert plan.positions is not None
+    mixed = any(turning.mixes_axes() for turning in layout.values())
+    if mixed and bool((plan.positions != plan.positions[:1]).any()):
+        raise RopeError(
+            "the two coordinates of a pair turn by different axes of an image's position here, "
+            "which cannot be turned to a longer plan; nothing was changed. Run the loop in "
+            "`planned(max_length)`."
+        )
+    for (index, part), turning in layout.items():
+        held = getattr(cache.layers[index], part)
+        setattr(
+            cache.layers[index],
+            part,
+            _turned(held, turning, plan, *_difference(turning.key, plan, frequencies)),
+        )
+
+
+def _difference(
+    key: str, plan: Plan, frequencies: Mapping[str, tuple[Tensor, Scale]]
+) -> tuple[Tensor, Scale]:
+    old, old_scaling = plan.frequencies[key]
+    new, scaling = frequencies[key]
+    return new.double() - old.double(), scaling / old_scaling
+
+
+def _turned(held: Tensor, turning: Turning, plan: Plan, step: Tensor, ratio: Scale) -> Tensor:
+    """Return a cached tensor, ``(batch, heads, seq, width)``, turned by ``step`` per position."""
+    assert plan.positions is not None
+    device = held.device
+    # a layer with a bounded window holds the last tokens only
+    positions = plan.positions[..., -held.shape[-2] :].to(device, torch.float64)
+    if positions.ndim == 2:
+        positions = positions[None]
+    per_pair = step.to(device).reshape(-1, 1, step.shape[-1])[..., turning.pair.to(device)]
+    along = positions[turning.axis.to(device)].movedim(0, -1)
+    angles = (along * per_pair)[:, None]
+    cos, sin = angles.cos().float(), angles.sin().float()
+    numbers = held.float()
+    turned = (
+        cos * numbers + sin * turning.gain.to(device) * numbers[..., turning.partner.to(device)]
+    )
+    if turning.is_scaled:
+        turned = turned * (ratio[..., None].to(device) if isinstance(ratio, Tensor) else ratio)
+    return torch.where(turning.turns.to(device), turned, numbers).to(held.dtype)
+
+
+def read_layout(model: nn.Module, rotaries: list[ExtendedRotary]) -> KeyLayout:
+    """Find out how a text model's cached keys turn.
+
+    Args:
+        model: The text model; it is run on a few single tokens, without a trace.
+        rotaries: Its rotary embeddings.
+
+    Raises:
+        RopeError: If its keys do not behave like rotated keys.
+    """
+    if any(
+        rotation.turning is not None and rotation.turning.per_head
+        for rotary in rotaries
+        for rotation in rotary.rotations.values()
+    ):
+        raise RopeError(
+            "cached keys of heads with axes of their own cannot be turned to a longer plan; run "
+            "the loop in `planned(max_length)`."
+        )
+    reader = _Reader(model, rotaries)
+    found: dict[tuple[int, str], Turning] = {}
+    try:
+        for rotary in rotaries:
+            for key, label in rotary.names().items():
+                found.update(reader.turnings(key, rotary.rotations[label].geometry.pairs))
+    except RopeError:
+        raise
+    except Exception as error:
+        raise RopeError(
+            f"could not run {type(model).__name__} on single tokens to see how its cached keys "
+            f"turn ({type(error).__name__}: {error}); run the loop in `planned(max_length)`."
+        ) from error
+    return found
+
+
+class _Reader:
+    """Runs a text model on single tokens at position 1, where an angle is a frequency.
+
+    One token attends to itself alone, so its keys in all layers differ by their own rotation only.
+    """
+
+    def __init__(self, model: nn.Module, rotaries: list[ExtendedRotary]) -> None:
+        self.model = model
+        self.rotaries = rotaries
+        self.device = next(rotaries[0].buffers()).device
+        self.axes = max(map(axes, rotaries))
+        self.raw = self._run({})
+
+    def turnings(self, key: str, pairs: int) -> dict[tuple[int, str], Turning]:
+        """Return how everything turns that one rotary embedding and layer type turns."""
+        quarter = torch.full((pairs,), math.pi / 2)
+        turned = self._run({key: quarter})
+        found = {}
+        for name, raw in self.raw.items():
+            moved = (turned[name] - raw).abs().amax(dim=0) > 1e-2 * raw.abs().amax(dim=0)
+            if moved.any():
+                found[name] = moved
+        if not found:
+            return {}
+        # the index of each coordinate's frequency, bit by bit: a pair turns or rests
+        index = {name: torch.zeros(len(moved), dtype=torch.int64) for name, moved in found.items()}
+        for bit in range(max(pairs - 1, 1).bit_length()):
+            chosen = quarter * ((torch.arange(pairs) >> bit) & 1)
+            state = self._run({key: chosen})
+            for name in found:
+                index[name] += _nearer(state[name], turned[name], self.raw[name]).long() << bit
+        axis = {name: torch.zeros(len(moved), dtype=torch.int64) for name, moved in found.items()}
+        for number in range(1, self.axes):
+            state = self._run({key: quarter}, axis=number)
+            for name in found:
+                axis[name][_nearer(state[name], turned[name], self.raw[name])] = number
+        doubled = self._run({key: quarter}, scaling=2.0)
+        return {
+            name: self._turning(
+                key, moved, turned[name], self.raw[name], index[name], axis[name], doubled[name]
+            )
+            for name, moved in found.items()
+        }
+
+    def _turning(
+        self,
+        key: str,
+        moved: Tensor,
+        turned: Tensor,
+        raw: Tensor,
+        pair: Tensor,
+        axis: Tensor,
+        doubled: Tensor,
+    ) -> Turning:
+        """Return how one tensor turns; ``turned`` and ``raw`` are ``(samples, width)``."""
+        norms = raw.norm(dim=0).clamp(min=1e-30)
+        likeness = (turned.T @ raw) / (turned.norm(dim=0).clamp(min=1e-30)[:, None] * norms)
+        best = likeness.abs().masked_fill(~moved[None, :], 0.0)
+        partner = torch.where(moved, best.argmax(dim=1), torch.arange(len(moved)))
+        gain = (turned * raw[:, partner]).sum(0) / raw[:, partner].square().sum(0).clamp(min=1e-30)
+        predicted = gain * raw[:, partner]
+        wrong = (predicted - turned).norm(dim=0) > 0.05 * turned.norm(dim=0)
+        if (wrong & moved).any():
+            raise RopeError(
+                f"the cached keys of {type(self.model).__name__} do not turn in pairs, so they "
+                f"cannot be turned to a longer plan; run the loop in `planned(max_length)`."
+            )
+        grew = doubled[:, moved].norm() / turned[:, moved].norm().clamp(min=1e-30)
+        return Turning(key, moved, partner, gain, pair, axis, bool(grew > 1.5))
+
+    def _run(
+        self, angles: Mapping[str, Tensor], scaling: float = 1.0, axis: int | None = None
+    ) -> dict[tuple[int, str], Tensor]:
+        """Return all that is cached for the tokens, ``(samples, width)``, float32, on the CPU."""
+        from transformers import DynamicCache
+
+        plan = Plan("", 1, LengthPolicy(), 1)
+        for rotary in self.rotaries:
+            for key, label in rotary.names().items():
+                rest = torch.zeros(rotary.rotations[label].geometry.pairs)
+                chosen = angles.get(key, rest).to(self.device)
+                plan.frequencies[key] = (chosen, scaling if key in angles else 1.0)
+        positions = torch.ones(SAMPLES, 1, dtype=torch.int64, device=self.device)
+        if self.axes > 1:
+            positions = positions.repeat(self.axes, 1, 1)
+            if axis is not None:
+                positions[:axis] = 0
+                positions[axis + 1 :] = 0
+        cache = DynamicCache(config=self.model.config)
+        arguments = arguments_for(self.model, self.device)[0]
+        arguments = {name: value for name, value in arguments.items() if name != "use_cache"}
+        arguments["input_ids"] = torch.arange(1, SAMPLES + 1, device=self.device)[:, None]
+        arguments |= {"position_ids": positions, "past_key_values": cache, "use_cache": True}
+        outer, RUNNING.call = RUNNING.call, Call(plan, is_noted=True)
+        try:
+            with torch.no_grad(), torch.random.fork_rng(devices=[]):
+                self.model.forward(**arguments)
+        finally:
+            RUNNING.call = outer
+        found = {}
+        for index, layer in enumerate(cache.layers):
+            for part in PARTS:
+                held = getattr(layer, part, None)
+                if isinstance(held, Tensor) and held.ndim == 4:
+                    found[index, part] = held.reshape(-1, held.shape[-1]).float().cpu()
+        return found
+
+
+def _nearer(state: Tensor, turned: Tensor, raw: Tensor) -> Tensor:
+    """Return, per coordinate, whether a state is the turned one rather than the raw one."""
+    distance = [(state - other).square().sum(dim=0) for other in (turned, raw)]
+    return distance[0] < distance[1]

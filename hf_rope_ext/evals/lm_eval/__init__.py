@@ -1,0 +1,1 @@
+"""lm-eval's model, tasks and command; nothing else imports lm-eval."""

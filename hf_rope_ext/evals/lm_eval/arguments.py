@@ -1,0 +1,54 @@
+"""Which of the arguments that lm-eval hands to a model are whose."""
+
+import inspect
+from pathlib import Path
+from typing import Any
+
+from lm_eval.models.huggingface import HFLM
+
+from hf_rope_ext.errors import RopeError
+from hf_rope_ext.methods import knobs, split_name
+from hf_rope_ext.patching.patch import patch_model
+
+PATCH_ARGUMENTS = frozenset(inspect.signature(patch_model).parameters) - {"model", "method_knobs"}
+
+
+def split(method: str | None, arguments: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return the arguments of `patch_model` among those of a model, and the rest.
+
+    Raises:
+        RopeError: If there are any but no method.
+    """
+    own = set(PATCH_ARGUMENTS)
+    if method is not None:
+        own.update(name for cls in split_name(method) for name in knobs(cls))
+    patch = {name: value for name, value in arguments.items() if name in own}
+    rest = {name: value for name, value in arguments.items() if name not in own}
+    if method is None:
+        if patch:
+            raise RopeError(f"{', '.join(patch)} given without a method.")
+        return {}, rest
+    return {"method": method, **patch}, rest
+
+
+def require_effect(arguments: dict[str, Any]) -> None:
+    """Check that nothing is asked for that HFLM does not do to a model in memory.
+
+    Raises:
+        RopeError: If there is.
+    """
+    known = set(inspect.signature(HFLM.__init__).parameters) - {"peft", "delta", "parallelize"}
+    idle = sorted(set(arguments) - known)
+    if idle:
+        raise RopeError(f"a model in memory takes no {', '.join(idle)}; load it with them.")
+
+
+def base_of(adapter: str, arguments: dict[str, Any]) -> str:
+    """Return the base model of an adapter, and put the adapter among the arguments."""
+    from peft import PeftConfig
+
+    if arguments.setdefault("peft", adapter) != adapter:
+        raise RopeError(f"{adapter!r} is an adapter itself; it takes no peft.")
+    if (Path(adapter) / "tokenizer_config.json").is_file():
+        arguments.setdefault("tokenizer", adapter)
+    return str(PeftConfig.from_pretrained(adapter).base_model_name_or_path)

@@ -1,0 +1,1 @@
+"""What this package knows of transformers and its models."""

@@ -1,0 +1,321 @@
+"""Write a patch down so that other tools load it.
+
+In a config the scaling lives in ``rope_parameters``. A method that transformers knows goes out
+under its ``rope_type``; any other static set of frequencies goes out through ``longrope``, whose
+lists divide the trained frequencies pair by pair. What has no such form keeps its own name as
+``rope_type``: a stock reader then stops instead of running an unscaled model.
+"""
+
+import copy
+import logging
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Any
+
+from hf_rope_ext.errors import ExportError
+from hf_rope_ext.geometry import FrequencyPlan, RopeGeometry
+from hf_rope_ext.methods import Method, method_record
+from hf_rope_ext.models.family import Config, setting
+from hf_rope_ext.models.sites import RopeSite
+
+RECORD = "hf_rope_ext"
+"""Name of the config attribute that holds the exact record of a patch."""
+
+SCALING_KEYS = frozenset(
+    {
+        "alpha",
+        "attention_factor",
+        "attn_factor",
+        "beta_fast",
+        "beta_slow",
+        "edited",
+        "factor",
+        "high_freq_factor",
+        "long_factor",
+        "long_mscale",
+        "low_freq_factor",
+        "mscale",
+        "mscale_all_dim",
+        "original_max_position_embeddings",
+        "short_factor",
+        "short_mscale",
+        "truncate",
+        "type",
+    }
+)
+"""Keys of ``rope_parameters`` that say how it is scaled; the others say what was trained."""
+
+REST = 1e30
+"""The slowdown that stands for a pair at rest: its frequency is then 0 for every position."""
+
+
+@dataclass(frozen=True)
+class ConfigChange:
+    """New attributes of one config."""
+
+    config: Config
+    attributes: Mapping[str, Any]
+
+
+def config_changes(
+    sites: Sequence[RopeSite],
+    method: Method,
+    *,
+    target_length: int | None,
+    temperature: str,
+    settings: Mapping[str, Any],
+    has_stock_form: bool = True,
+) -> list[ConfigChange]:
+    """Return what the configs of a patched model shall say.
+
+    Args:
+        sites: The sites that the method extends.
+        method: What extends them.
+        target_length: The length asked for, None to go by the method.
+        temperature: ``"rotation"`` or ``"logits"``.
+        settings: What else the record needs for patching again.
+        has_stock_form: Whether stock code turns the same pairs at the same positions.
+    """
+    changes = []
+    for config in {id(site.config): site.config for site in sites}.values():
+        own = [site for site in sites if site.config is config]
+        geometry = own[0].geometry
+        attributes, unscaled = {}, {}
+        before = setting(config, "max_position_embeddings")
+        length = target_length or method.target_length(geometry)
+        if before is not None and not own[0].family.sized_by_length:
+            attributes["max_position_embeddings"] = length or before
+            unscaled["max_position_embeddings"] = before
+        if setting(config, "rope_parameters"):
+            attributes |= written(own, method, temperature, attributes, has_stock_form)
+            unscaled["rope_parameters"] = _nested(
+                own, {site.label: unscaled_parameters(site) for site in own}
+            )
+        attributes[RECORD] = {
+            "version": 1,
+            "method": method_record(method),
+            "original_max_position_embeddings": geometry.original_max_position_embeddings,
+            "temperature": temperature,
+            **settings,
+            "unscaled": unscaled,
+        }
+        changes.append(ConfigChange(config, attributes))
+    return changes
+
+
+def written(
+    sites: Sequence[RopeSite],
+    method: Method,
+    temperature: str,
+    beside: Mapping[str, Any],
+    has_stock_form: bool = True,
+) -> dict[str, Any]:
+    """Return the attributes of a patched config that say how it is scaled.
+
+    Args:
+        sites: All patched sites of one config.
+        method: What extends them.
+        temperature: ``"rotation"`` or ``"logits"``.
+        beside: Other new attributes of the config.
+        has_stock_form: Whether stock code turns the same pairs at the same positions.
+    """
+    if has_stock_form:
+        with suppress(ExportError):
+            return stock_attributes(sites, method, temperature, beside)
+    unscaled = {site.label: unscaled_parameters(site) for site in sites}
+    unread = f"{RECORD}.{method_record(method)['name']}"
+    loud = {label: {**own, "rope_type": unread} for label, own in unscaled.items()}
+    attributes = {"rope_parameters": _nested(sites, loud)}
+    if _reads(sites[0].config, {**beside, **attributes}):
+        return attributes
+    return {"rope_parameters": _nested(sites, unscaled)}
+
+
+def stock_attributes(
+    sites: Sequence[RopeSite],
+    method: Method,
+    temperature: str = "rotation",
+    beside: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
+    """Return the config attributes with which stock transformers computes what the patch does.
+
+    Args:
+        sites: All patched sites of one config.
+        method: What extends them.
+        temperature: ``"rotation"`` or ``"logits"``.
+        beside: Other new attributes of the config.
+
+    Returns:
+        ``rope_parameters``, and what stock code reads beside them.
+
+    Raises:
+        ExportError: If there are none.
+    """
+    config = sites[0].config
+    if not setting(config, "rope_parameters"):
+        raise ExportError(
+            f"model_type={config.model_type!r} has no rope_parameters in its config; load the "
+            f"model with hf_rope_ext.load_pretrained."
+        )
+    choices: dict[str | None, list[dict[str, Any]]] = {}
+    for site in sites:
+        own = _choices(site, method, temperature)
+        choices[site.label] = [one for one in choices.get(site.label, own) if one in own]
+    attributes: dict[str, Any] = {}
+    parameters: dict[str | None, dict[str, Any]] = {}
+    for label, forms in choices.items():
+        for form in forms:
+            parameters[label] = form
+            attributes = {"rope_parameters": _nested(sites, parameters)}
+            attributes |= _needed_beside(sites[0], parameters)
+            if _reads(config, {**(beside or {}), **attributes}):
+                break
+        else:
+            raise ExportError(
+                f"{method.name} has no form in transformers' config for model_type="
+                f"{config.model_type!r}. Load it with hf_rope_ext.load_pretrained."
+            )
+    return attributes
+
+
+def _choices(site: RopeSite, method: Method, temperature: str) -> list[dict[str, Any]]:
+    """Return the forms of ``rope_parameters`` that mean what is patched in, the best first.
+
+    Raises:
+        ExportError: If the method follows the request, or its temperature has no key.
+    """
+    carried = unscaled_parameters(site)
+    geometry, plan = site.geometry, method.plan(site.geometry)
+    if temperature == "logits" and plan.attention_scaling != 1.0 and not _reaches_logits(site):
+        raise ExportError(
+            f"{method.name} with temperature='logits': transformers has no key for it, and in "
+            f"model_type={site.config.model_type!r} attention_factor does not do the same."
+        )
+    native = method.rope_parameters(geometry)
+    forms = [native] if native is not None else []
+    if not method.length_dependent:
+        forms.append(longrope_parameters(geometry, plan, method.target_length(geometry)))
+    elif not forms:
+        raise ExportError(
+            f"{method.name} has no form in transformers' config: its frequencies follow the "
+            f"length of the request. Export the plan of one length with frozen=LENGTH."
+        )
+    if geometry.rotated_pairs is not None:
+        forms[-1]["partial_rotary_factor"] = 1.0  # the lists cover the resting pairs too
+        if native is not None and native["rope_type"] == "linear":
+            forms.append({"rope_type": "proportional", "factor": native["factor"]})
+    if site.family.reads_config:
+        forms[-1] |= {"short_mscale": plan.attention_scaling, "long_mscale": plan.attention_scaling}
+    return [_carry(carried, form) for form in forms if _computes(site, form)]
+
+
+def longrope_parameters(
+    geometry: RopeGeometry, plan: FrequencyPlan, target_length: int | None
+) -> dict[str, Any]:
+    """Return any static plan as transformers' ``longrope`` type.
+
+    Both lists are the trained frequencies over the plan's, so it holds at every length.
+    """
+    spaced = geometry.base ** -geometry.exponents()
+    slowdown = [
+        # 14 digits: what is the same slowdown at another base is then the same number
+        float(f"{trained / planned:.14g}") if planned > 0 else REST
+        for trained, planned in zip(spaced, plan.inv_freq, strict=True)
+    ]
+    trained_length = geometry.original_max_position_embeddings
+    return {
+        "rope_type": "longrope",
+        "factor": max((target_length or 0) / trained_length, 1.0),
+        "original_max_position_embeddings": trained_length,
+        "short_factor": slowdown,
+        "long_factor": slowdown,
+        "attention_factor": float(plan.attention_scaling),
+    }
+
+
+def unscaled_parameters(site: RopeSite) -> dict[str, Any]:
+    """Return the site's ``rope_parameters`` without scaling: what was trained, and family keys."""
+    found = site.found
+    kept = {
+        key: value
+        for key, value in found.items()
+        if key not in SCALING_KEYS or key in site.family.keeps
+    }
+    kept["rope_theta"] = site.geometry.base
+    if site.family.fixed_theta:
+        kept["rope_theta"] = site.config.rope_parameters["rope_theta"]
+    if site.geometry.rotated_pairs is not None:
+        return {**kept, "rope_type": "proportional"}
+    if site.family.stock_types is None or "default" in site.family.stock_types:
+        return {**kept, "rope_type": "default"}
+    return {**kept, "rope_type": "linear", "factor": 1.0}
+
+
+def _carry(carried: Mapping[str, Any], native: Mapping[str, Any]) -> dict[str, Any]:
+    if native == {"rope_type": "default"}:
+        return dict(carried)  # nothing is scaled: also p-RoPE keeps its type
+    return {**carried, **native}
+
+
+def _computes(site: RopeSite, form: Mapping[str, Any]) -> bool:
+    """Return whether the family's stock code computes ``form`` as it is meant."""
+    rope_type = form["rope_type"]
+    if form == {"rope_type": "default"}:
+        return True
+    if site.family.stock_types is not None and rope_type not in site.family.stock_types:
+        return False
+    if "rope_theta" in form and site.family.fixed_theta:
+        return False
+    if site.label is not None and form.get("truncate", True) is False:
+        return False  # transformers reads the key from the outer dict only
+    # the other types start from pairs that all turn
+    return site.geometry.rotated_pairs is None or rope_type in ("longrope", "proportional")
+
+
+def _reads(config: Config, attributes: Mapping[str, Any]) -> bool:
+    """Return whether transformers takes a config with these attributes."""
+    settings = {**config.to_dict(), **copy.deepcopy(dict(attributes))}
+    settings.pop(RECORD, None)
+    logger = logging.getLogger("transformers")
+    level = logger.level
+    logger.setLevel(logging.CRITICAL)
+    try:
+        type(config).from_dict(settings)
+    except Exception:  # validators raise what they like
+        return False
+    finally:
+        logger.setLevel(level)
+    return True
+
+
+def _reaches_logits(site: RopeSite) -> bool:
+    """Return whether cos and sin scale the whole query and key, up to the logits."""
+    full = site.geometry.head_dim in (None, site.geometry.rotary_dim)
+    return full and not site.family.norm_after_rope
+
+
+def _nested(
+    sites: Sequence[RopeSite], parameters: Mapping[str | None, dict[str, Any]]
+) -> dict[str, Any]:
+    """Return one config's ``rope_parameters``, with the given labels replaced where nested."""
+    if None in parameters:
+        return parameters[None]
+    return {**sites[0].config.rope_parameters, **parameters}
+
+
+def _needed_beside(
+    site: RopeSite, parameters: Mapping[str | None, Mapping[str, Any]]
+) -> dict[str, Any]:
+    """Return config attributes beside ``rope_parameters`` that stock code reads for them."""
+    types = {own["rope_type"] for own in parameters.values()}
+    attributes: dict[str, Any] = {}
+    if types & {"yarn", "dynamic", "longrope"} and setting(site.config, "head_dim", 0) is None:
+        # these three types do not derive it from the hidden size
+        attributes["head_dim"] = site.geometry.head_dim
+    if types - {"default"} and hasattr(site.config, "original_max_position_embeddings"):
+        # where it exists, stock code prefers it to the one in rope_parameters
+        attributes["original_max_position_embeddings"] = (
+            site.geometry.original_max_position_embeddings
+        )
+    return attributes

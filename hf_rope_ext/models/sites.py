@@ -1,0 +1,300 @@
+"""What each set of a model's rotary frequencies was trained with.
+
+The geometry is read from the config, recomputed in float64, and held against two witnesses: the
+family's own default function, and the live buffer. A buffer that does not follow from the config
+(cast, garbage) is rebuilt, never scaled as found.
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hf_rope_ext.errors import RopeError, UnsupportedModelError
+from hf_rope_ext.geometry import RopeGeometry
+from hf_rope_ext.models.family import Config, Family, setting
+from hf_rope_ext.models.find import Rotary, find_rotaries
+
+EXACT = 1e-5
+"""Largest relative error of a float32 buffer that still counts as computed from the config."""
+
+
+@dataclass(frozen=True, eq=False)
+class RopeSite:
+    """One set of rotary frequencies of a model: a rotary module, or one layer type of it.
+
+    Args:
+        rotary: The module it belongs to.
+        label: Key of the layer type in nested ``rope_parameters``, None where they are flat.
+        geometry: What was trained.
+        inv_freq: The trained frequencies as the stock model computes with them, float32, on the
+            CPU, in the order the family stores them.
+        found: The scaling in force, as ``rope_parameters``; its ``rope_type`` is ``"default"``
+            where the model is as trained.
+        rebuilt: Why ``inv_freq`` is not the live buffer, None where it is.
+    """
+
+    rotary: Rotary = field(repr=False)
+    label: str | None
+    geometry: RopeGeometry
+    inv_freq: Tensor = field(repr=False)
+    found: Mapping[str, Any]
+    rebuilt: str | None = None
+
+    @property
+    def path(self) -> str:
+        """Dotted path of the rotary module (or table) from the model passed in."""
+        return self.rotary.path
+
+    @property
+    def config(self) -> Config:
+        """The config that owns its ``rope_parameters``."""
+        return self.rotary.config
+
+    @property
+    def family(self) -> Family:
+        """What the family does differently."""
+        return self.rotary.family
+
+    @property
+    def pair_order(self) -> list[int] | None:
+        """The order in which the family stores its pairs, None for the natural one."""
+        return self.family.pair_order(self.config) if self.family.pair_order else None
+
+
+def read_sites(
+    model: nn.Module,
+    *,
+    layer_types: tuple[str, ...] | None = None,
+    original_max_position_embeddings: int | None = None,
+) -> list[RopeSite]:
+    """Return every set of rotary frequencies of the text model that an extension concerns.
+
+    Args:
+        model: Any module around a transformers model.
+        layer_types: Labels to serve where ``rope_parameters`` are nested. When not given, those
+            whose layers see the whole context: a layer with a bounded window never meets a longer
+            distance than in training.
+        original_max_position_embeddings: The trained length, where the config's is not it.
+
+    Raises:
+        RopeError: If the model has no rotary embedding, or its geometry cannot be told for sure.
+    """
+    rotaries = find_rotaries(model)
+    labels = [label for rotary in rotaries for label in rotary.labels]
+    wanted = _wanted_labels(rotaries, labels, layer_types)
+    return [
+        _read_site(rotary, label, original_max_position_embeddings)
+        for rotary in rotaries
+        for label in rotary.labels
+        if label in wanted
+    ]
+
+
+def axial_site(rotary: Rotary, original_max_position_embeddings: int) -> RopeSite:
+    """Return the frequencies of a vision tower, which all axes of a patch's position share.
+
+    Raises:
+        RopeError: If its geometry cannot be told for sure.
+    """
+    live = rotary.live(None)
+    with torch.device("cpu"):
+        stock, _ = type(rotary.original).compute_axial_rope_parameters(rotary.own_config)  # type: ignore[union-attr]
+    geometry = RopeGeometry(
+        rotary_dim=2 * live.shape[-1],
+        base=float(rotary.own_config.rope_parameters["rope_theta"]),
+        original_max_position_embeddings=original_max_position_embeddings,
+    )
+    found = {**rotary.parameters(None), "rope_type": "default"}
+    return _checked(RopeSite(rotary, None, geometry, live, found), live, stock)
+
+
+def window(config: Config) -> int | None:
+    """Return the bounded attention window some layers have, None where every layer sees all."""
+    labels = setting(config, "layer_types") or ()
+    size = setting(config, "sliding_window")
+    active = setting(config, "use_sliding_window", True) is not False
+    if not isinstance(size, int) or not active:
+        return None
+    return size if not labels or any(map(_is_windowed, labels)) else None
+
+
+def _wanted_labels(
+    rotaries: list[Rotary], labels: list[str | None], layer_types: tuple[str, ...] | None
+) -> set[str | None]:
+    if layer_types is not None:
+        unknown = [label for label in layer_types if label not in labels]
+        if unknown:
+            known = sorted({label for label in labels if label is not None})
+            raise RopeError(
+                f"layer_types={layer_types!r}: this model has no rotary parameters for "
+                f"{unknown[0]!r}. It has: {', '.join(known) or 'one set for all its layers'}."
+            )
+        return set(layer_types)
+    windowed = {label for rotary in rotaries for label in rotary.family.windowed}
+    open_ended = {label for label in labels if label not in windowed and not _is_windowed(label)}
+    return open_ended or set(labels)
+
+
+def _is_windowed(label: str | None) -> bool:
+    return label is not None and ("sliding" in label or "chunked" in label)
+
+
+def _read_site(rotary: Rotary, label: str | None, trained_length: int | None) -> RopeSite:
+    """Read the geometry of one label and check it against what the model computes with."""
+    found = _found_scaling(rotary, label)
+    config = _label_config(rotary.own_config, label)
+    live = rotary.live(label)
+    parameters = rotary.parameters(label)
+    stock = _stock_frequencies(rotary, label, config)
+    if stock is not None and stock.shape != live.shape:
+        stock = None  # some default functions ignore partial_rotary_factor, scaled types never do
+    base = parameters.get("rope_theta") or rotary.family.base or setting(config, "rope_theta")
+    if base is None:
+        base = _recover_base(live, found, rotary.path)
+        stock = None
+    geometry = RopeGeometry(
+        rotary_dim=2 * live.shape[-1],
+        base=float(base),
+        original_max_position_embeddings=_trained_length(rotary, found, trained_length),
+        head_dim=_head_dim(config),
+    )
+    if found["rope_type"] == "proportional":
+        share = parameters.get("partial_rotary_factor", 1.0)
+        geometry = replace(geometry, rotated_pairs=int(share * geometry.rotary_dim // 2))
+        found = {**found, "rope_type": "default"}
+    site = RopeSite(rotary, label, geometry, live, found)
+    return _checked(site, live, stock)
+
+
+def _checked(site: RopeSite, live: Tensor, stock: Tensor | None) -> RopeSite:
+    """Return the site with sound float32 frequencies, or raise where its formula is unknown."""
+    expected = _in_order(site, site.geometry)
+    if stock is not None and not _close(stock, expected):
+        odd = replace(site.geometry, rotary_dim=site.geometry.rotary_dim - 1)
+        if not _close(stock, _in_order(site, odd)):
+            raise UnsupportedModelError(
+                f"{site.path}: the family computes its frequencies in a way this package does not "
+                f"know (model_type={site.config.model_type!r}); nothing was changed."
+            )
+        site = replace(site, geometry=odd)
+        expected = _in_order(site, odd)
+    sound = expected.float() if stock is None else stock.float()
+    if live.is_meta or site.found["rope_type"] != "default":
+        return replace(site, inv_freq=sound)
+    if live.dtype == torch.float32 and _close(live.cpu(), expected):
+        return replace(site, inv_freq=live.detach().cpu().clone())
+    return replace(site, inv_freq=sound, rebuilt=_fault(live))
+
+
+def _in_order(site: RopeSite, geometry: RopeGeometry) -> Tensor:
+    """Return the trained frequencies, float64, in the order the family stores them."""
+    order = site.pair_order
+    return geometry.inv_freq() if order is None else geometry.inv_freq()[order]
+
+
+def _close(found: Tensor, expected: Tensor) -> bool:
+    return found.shape == expected.shape and torch.allclose(
+        found.double(), expected, rtol=EXACT, atol=0.0
+    )
+
+
+def _fault(live: Tensor) -> str:
+    if live.dtype != torch.float32:
+        return f"it had been cast to {str(live.dtype).removeprefix('torch.')}"
+    if not torch.isfinite(live).all() or not live.any():
+        return "it held garbage, as after loading through the meta device"
+    return "it did not follow from the config's rope_theta"
+
+
+def _stock_frequencies(rotary: Rotary, label: str | None, config: Config) -> Tensor | None:
+    """Return what the family's own code makes of the unscaled config, on the CPU, float32."""
+    if rotary.parameters(label).get("rope_theta") is None:
+        return None
+    if rotary.parameters(label).get("rope_type") == "proportional":
+        from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+        frequencies, _ = ROPE_INIT_FUNCTIONS["proportional"](config, "cpu", layer_type=label)
+        return frequencies * rotary.parameters(label).get("factor", 1.0)  # type: ignore[no-any-return]
+    compute = getattr(type(rotary.original), "compute_default_rope_parameters", None)
+    if compute is None:
+        return None
+    with torch.device("cpu"):
+        frequencies, _ = compute(config) if label is None else compute(config, layer_type=label)
+    return frequencies  # type: ignore[no-any-return]
+
+
+def _found_scaling(rotary: Rotary, label: str | None) -> dict[str, Any]:
+    """Return the scaling in force: the live module's type, with the config's numbers."""
+    parameters = rotary.parameters(label)
+    live_type = getattr(rotary.original, "rope_type", "default")
+    if isinstance(live_type, dict):
+        live_type = live_type.get(label, "default")
+    configured = parameters.get("rope_type") or parameters.get("type") or live_type
+    older = parameters.get("type", configured)
+    # "mrope" names the layout and "su" is longrope's first name; both stand beside a rope_type
+    if older not in (configured, "default", "mrope", "su"):
+        raise RopeError(
+            f"{rotary.path}: the config's rope_parameters say type={older!r} and "
+            f"rope_type={configured!r}; make them agree. Nothing was changed."
+        )
+    if live_type == "default" and configured not in ("default", "ntk_alpha"):
+        return {**parameters, "rope_type": configured, "edited": True}
+    if live_type == "linear" and parameters.get("factor") == 1.0:
+        return {**parameters, "rope_type": "default"}
+    if live_type == "proportional" and parameters.get("factor", 1.0) != 1.0:
+        return {**parameters, "rope_type": "proportional (scaled)"}
+    return {**parameters, "rope_type": live_type}
+
+
+def _trained_length(rotary: Rotary, found: Mapping[str, Any], given: int | None) -> int:
+    if given is not None:
+        return given
+    config, rope_type = rotary.config, found["rope_type"]
+    now = int(setting(config, "max_position_embeddings") or 0)
+    if rope_type in ("linear", "ntk_alpha", "proportional (scaled)"):
+        return 0  # the config does not say; asked for when it is needed
+    if rope_type in ("yarn", "llama3", "longrope") and not found.get("edited"):
+        length = found.get("original_max_position_embeddings")
+        return int(length or setting(config, "original_max_position_embeddings") or 0)
+    return now
+
+
+def _recover_base(live: Tensor, found: Mapping[str, Any], path: str) -> float:
+    """Return the base that an unscaled buffer was made with, where the config has lost it."""
+    pairs = live.shape[-1]
+    if pairs > 1 and not live.is_meta and torch.isfinite(live).all() and (live > 0).all():
+        slowest = float(live[-1])
+        base = math.exp(-math.log(slowest) * pairs / (pairs - 1))
+        for candidate in (float(round(base)), base):
+            if candidate > 1 and _close(
+                live.cpu(), RopeGeometry(2 * pairs, candidate, 1).inv_freq()
+            ):
+                return candidate
+    raise UnsupportedModelError(
+        f"{path}: the config has no rope_theta and the live frequencies do not follow from any one "
+        f"base, so it cannot be recovered; set rope_theta in config.rope_parameters "
+        f"(found {dict(found)!r}). Nothing was changed."
+    )
+
+
+def _label_config(config: Config, label: str | None) -> Config:
+    """Return the config of one layer type, where layers have configs of their own."""
+    if label is not None and setting(config, "is_heterogeneous", False):
+        return config.per_layer_config[label]
+    return config
+
+
+def _head_dim(config: Config) -> int | None:
+    """Return the width of a query head, rotated or not."""
+    nope, rope = (setting(config, f"qk_{part}_head_dim") for part in ("nope", "rope"))
+    if nope and rope:
+        return int(nope + rope)
+    width, hidden = setting(config, "head_dim"), setting(config, "hidden_size")
+    heads = setting(config, "num_attention_heads")
+    if not width and not (hidden and heads):
+        return None
+    return int(width or hidden // heads)

@@ -1,0 +1,1 @@
+"""Put a method into a model, prove it, describe it, take it out."""

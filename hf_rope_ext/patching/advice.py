@@ -1,0 +1,111 @@
+"""What the user should know about a patch that was served as asked."""
+
+import math
+
+from hf_rope_ext.methods import Method
+from hf_rope_ext.models.sites import RopeSite, window
+from hf_rope_ext.models.temperature import effective_logit_factor
+from hf_rope_ext.rotary.axes import sections
+from hf_rope_ext.rotary.installed import Resolved
+
+
+def advice(resolved: Resolved) -> list[str]:
+    """Return what the user should know about a patch that went in."""
+    notes = [
+        f"{site.path}: the frequencies were rebuilt from the config, because {site.rebuilt}."
+        for site in resolved.sites
+        if site.rebuilt
+    ]
+    if resolved.target == "vision":
+        return notes
+    for config in {id(site.config): site.config for site in resolved.sites}.values():
+        site = next(site for site in resolved.sites if site.config is config)
+        notes += [
+            note
+            for note in (
+                _temperature_advice(site, resolved),
+                _window_advice(site, resolved.method),
+                _dropped_key_advice(site),
+                _section_advice(site),
+                _layout_advice(resolved),
+                _frames_advice(site, resolved),
+                _vendor_advice(site, resolved.method),
+            )
+            if note
+        ]
+    return notes
+
+
+def _temperature_advice(site: RopeSite, resolved: Resolved) -> str | None:
+    target = resolved.method.target_length(site.geometry)
+    longest = resolved.method.frozen(site.geometry, target) if target else resolved.method
+    scaling = float(longest.plan(site.geometry).attention_scaling)
+    intended, effective = scaling**2, effective_logit_factor(site, scaling)
+    if resolved.temperature == "logits" or math.isclose(intended, effective):
+        return None
+    return (
+        f"{site.path}: {resolved.method.name} means to multiply attention logits by "
+        f"{intended:.3f}, but in model_type={site.config.model_type!r} cos and sin only reach "
+        f"{effective:.3f} of it. Stock transformers has the same; temperature='logits' has not."
+    )
+
+
+def _window_advice(site: RopeSite, method: Method) -> str | None:
+    bound = window(site.config)
+    target = method.target_length(site.geometry)
+    if site.label is not None or bound is None or target is None or target <= bound:
+        return None
+    return (
+        f"{site.path}: the model has layers with a sliding window of {bound} positions; they "
+        f"cannot see past it, whatever their frequencies."
+    )
+
+
+def _dropped_key_advice(site: RopeSite) -> str | None:
+    if "attn_factor" not in site.found:
+        return None
+    return (
+        f"{site.path}: the config's attn_factor={site.found['attn_factor']!r} is dropped; "
+        f"transformers never read it. Pass attention_factor to set the temperature."
+    )
+
+
+def _section_advice(site: RopeSite) -> str | None:
+    own, pairs = sections(site.rotary, site.label), site.geometry.pairs
+    if not own or sum(own) == pairs:
+        return None
+    return (
+        f"{site.path}: mrope_section {list(own)!r} is for {sum(own)} pairs, but {pairs} turn; "
+        f"stock code does not mind, and gives the axes other pairs than meant. Check the config: "
+        f"the key is lost easily, and then a default of the class is taken."
+    )
+
+
+def _layout_advice(resolved: Resolved) -> str | None:
+    if resolved.layout is not None:
+        other = f"mrope_layout={resolved.layout.name!r} is not the layout"
+    elif resolved.visual is not None and resolved.visual.placement != "grid":
+        other = f"placement={resolved.visual.placement!r} is not the placement"
+    else:
+        return None
+    return (
+        f"{other} the model was trained with: it has to be trained before it understands an image; "
+        f"text is as it was."
+    )
+
+
+def _frames_advice(site: RopeSite, resolved: Resolved) -> str | None:
+    visual = resolved.visual
+    if visual is None or not site.family.frames_apart or "t" not in resolved.axes:
+        return None
+    if visual.factors(resolved.axes)[resolved.axes.index("t")] == 1.0:
+        return None
+    return (
+        f"model_type={site.config.model_type!r} cuts videos into single frames with timestamps "
+        f"between them, so the factor of 't' moves nothing; sample fewer frames, or scale the "
+        f"frequencies."
+    )
+
+
+def _vendor_advice(site: RopeSite, method: Method) -> str | None:
+    return site.family.advice(method, site.geometry) if site.family.advice else None

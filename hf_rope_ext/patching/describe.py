@@ -1,0 +1,333 @@
+"""What is in force in a model, read from its live buffers and not from its config."""
+
+import io
+import math
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hf_rope_ext.errors import RopeError, UnsupportedModelError
+from hf_rope_ext.methods import PerAxis, method_record
+from hf_rope_ext.models.sites import RopeSite, read_sites
+from hf_rope_ext.models.temperature import effective_logit_factor
+from hf_rope_ext.patching.advice import advice
+from hf_rope_ext.rotary.extended import ExtendedRotary
+from hf_rope_ext.rotary.installed import Resolved, patch_of
+from hf_rope_ext.rotary.request_plan import request_plan
+
+SAME = 1e-6
+"""Relative difference of two float32 frequencies that are the same."""
+
+
+@dataclass(frozen=True)
+class SiteDescription:
+    """One set of rotary frequencies as it computes now.
+
+    Args:
+        path: Where the module hangs.
+        layer_type: The layer type it serves, None for all.
+        axis: The position axis whose pairs are meant, None for all.
+        scaling: The method in force, or the ``rope_type`` of the model's own config.
+        base: ``rope_theta`` as trained.
+        rotary_dim: Rotated coordinates of a head.
+        head_dim: All coordinates of a head.
+        original_max_position_embeddings: Trained length in positions.
+        pairs: Number of pairs.
+        untouched_pairs: Pairs that turn as in training.
+        largest_slowdown: Trained over live frequency of the pair slowed most; None if one rests.
+        attention_scaling: What cos and sin are multiplied by.
+        logit_factor: What that means to do to attention logits.
+        effective_logit_factor: What it does to them in this family.
+        sound: Whether the live buffer is the plan, to float32.
+        dtype: Of the live buffer.
+        device: Of the live buffer.
+    """
+
+    path: str
+    layer_type: str | None
+    axis: str | None
+    scaling: str
+    base: float
+    rotary_dim: int
+    head_dim: int | None
+    original_max_position_embeddings: int
+    pairs: int
+    untouched_pairs: int
+    largest_slowdown: float | None
+    attention_scaling: float
+    logit_factor: float
+    effective_logit_factor: float
+    sound: bool
+    dtype: str
+    device: str
+
+
+@dataclass(frozen=True)
+class Description:
+    """What `describe` found; prints as a table.
+
+    Args:
+        model_type: Of the text model's config.
+        method: Name and knobs of the patch in force, None where there is none.
+        factor: Its factor, None where it has none.
+        max_position_embeddings: Of the text model's config, as generate and lm-eval read it.
+        mrope_layout: The M-RoPE layout in place of the trained one, None where that is used.
+        visual_positions: How visual tokens are placed, None where as the model does it.
+        modules: Number of rotary modules concerned.
+        sites: Their sets of frequencies.
+        notes: What to know about them.
+        vision: The same of the vision towers, None where they are not patched.
+    """
+
+    model_type: str
+    method: dict[str, Any] | None
+    factor: float | None
+    max_position_embeddings: int | None
+    mrope_layout: dict[str, Any] | None
+    visual_positions: dict[str, Any] | None
+    modules: int
+    sites: tuple[SiteDescription, ...]
+    notes: tuple[str, ...]
+    vision: "Description | None" = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain JSON data."""
+        return asdict(self)
+
+    def __str__(self) -> str:
+        """Return a table."""
+        from rich.console import Console
+        from rich.table import Table
+
+        knobs = {} if self.method is None else dict(self.method)
+        title = f"{self.model_type}: {knobs.pop('name', 'not patched')}"
+        set_knobs = ", ".join(
+            f"{knob}={value}"
+            for knob, value in knobs.items()
+            if value is not None and knob != "methods"
+        )
+        table = Table(title=f"{title} {set_knobs}".strip(), title_justify="left")
+        for heading in ("path", "scaling", "theta", "rotary/head", "trained", "pairs kept"):
+            table.add_column(heading)
+        for heading in ("slowest pair", "cos, sin", "logits", "buffer"):
+            table.add_column(heading, justify="right")
+        for site in self.sites:
+            slowdown = site.largest_slowdown
+            table.add_row(
+                " ".join([site.path, *(f"[{one}]" for one in (site.layer_type, site.axis) if one)]),
+                site.scaling,
+                f"{site.base:g}",
+                f"{site.rotary_dim}/{site.head_dim or '?'}",
+                str(site.original_max_position_embeddings or "?"),
+                f"{site.untouched_pairs} of {site.pairs}",
+                "at rest" if slowdown is None else f"/ {slowdown:.4g}",
+                f"x {site.attention_scaling:.4g}",
+                f"x {site.effective_logit_factor:.4g} of {site.logit_factor:.4g}",
+                f"{site.dtype} {site.device} {'ok' if site.sound else 'NOT THE PLAN'}",
+            )
+        text = io.StringIO()
+        console = Console(file=text, width=160, no_color=True)
+        console.print(table, markup=False)
+        if self.max_position_embeddings is not None:
+            limit = f"max_position_embeddings {self.max_position_embeddings}"
+            console.print(limit, highlight=False)
+        for name in ("mrope_layout", "visual_positions"):
+            settings = getattr(self, name)
+            if settings is not None:
+                words = ", ".join(f"{key}={value!r}" for key, value in settings.items())
+                console.print(f"{name}: {words}", markup=False, highlight=False)
+        for note in self.notes:
+            console.print(f"- {note}", markup=False, highlight=False)
+        if self.vision is not None:
+            console.print(f"\n{self.vision}", markup=False, highlight=False)
+        return text.getvalue().rstrip()
+
+
+def describe(model: nn.Module, request: Any = None) -> Description:
+    """Return what rotates in the text model, patched or not, and in patched vision towers.
+
+    Args:
+        model: The model.
+        request: A cache, or an output that holds one, of a model with a length-dependent method:
+            the longest row of its plan is described. When not given, the method's target length.
+
+    Raises:
+        RopeError: If the model has no rotary embedding, or the request no plan.
+    """
+    patch, vision = patch_of(model), _vision(model)
+    if patch is None:
+        try:
+            sites = read_sites(model)
+        except UnsupportedModelError:
+            if vision is None:
+                raise
+            return vision  # a vision tower on its own
+        entries = [_unpatched(site) for site in sites]
+        notes = [f"{site.path}: {site.rebuilt}" for site in sites if site.rebuilt]
+    else:
+        sites = patch.resolved.sites
+        length = None if request is None else _planned_length(request)
+        entries = [
+            entry for site in sites for entry in _patched(site, model, patch.resolved, length)
+        ]
+        notes = advice(patch.resolved)
+    config = sites[0].config
+    method = None if patch is None else method_record(patch.resolved.method)
+    return Description(
+        model_type=config.model_type,
+        method=method,
+        factor=None if method is None else method.get("factor"),
+        max_position_embeddings=getattr(config, "max_position_embeddings", None),
+        mrope_layout=_settings(None if patch is None else patch.resolved.layout),
+        visual_positions=_settings(None if patch is None else patch.resolved.visual),
+        modules=len({site.path for site in sites}),
+        sites=tuple(entries),
+        notes=tuple(notes),
+        vision=vision,
+    )
+
+
+def _vision(model: nn.Module) -> Description | None:
+    """Describe the vision towers of a model, where they are patched."""
+    patch = patch_of(model, "vision")
+    if patch is None:
+        return None
+    resolved = patch.resolved
+    method = method_record(resolved.method)
+    return Description(
+        model_type=resolved.sites[0].config.model_type,
+        method=method,
+        factor=method.get("factor"),
+        max_position_embeddings=None,
+        mrope_layout=None,
+        visual_positions=None,
+        modules=len(resolved.sites),
+        sites=tuple(
+            entry for site in resolved.sites for entry in _patched(site, model, resolved, None)
+        ),
+        notes=tuple(advice(resolved)),
+    )
+
+
+def _planned_length(request: Any) -> int:
+    plan = request_plan(request)
+    if plan is None:
+        raise RopeError(
+            f"{type(request).__name__} holds no cache that a length-dependent method has planned."
+        )
+    return math.ceil(plan.lengths.max())
+
+
+def _settings(value: Any) -> dict[str, Any] | None:
+    return None if value is None else asdict(value)
+
+
+def _patched(
+    site: RopeSite, model: nn.Module, resolved: Resolved, length: int | None
+) -> list[SiteDescription]:
+    """Describe a patched site by what it computes at a length, else at the far end of the plan.
+
+    Returns:
+        An entry for each axis where each has a method of its own, else one.
+    """
+    module = next(
+        part
+        for part in model.modules()
+        if isinstance(part, ExtendedRotary) and part.original is site.rotary.original
+    )
+    rotation = module.rotations[site.label]
+    geometry, method = site.geometry, resolved.method
+    target = method.target_length(geometry) or geometry.original_max_position_embeddings
+    length = length or target
+    live, scaling = module.plan(
+        site.label, torch.tensor([[length - 1]], device=next(module.buffers()).device)
+    )
+    frozen = method.frozen(geometry, length)
+    expected, intended = replace(rotation, method=frozen, scales_rotation=True).within()
+    sound = _matches(live.squeeze(), expected)
+    in_logits = resolved.temperature == "logits"
+    effective = intended**2 if in_logits else effective_logit_factor(site, float(scaling))
+    by_axis = dict(method.methods) if isinstance(method, PerAxis) else {None: method}
+    return [
+        _entry(
+            site,
+            method_record(own)["name"] + (" (follows the request)" if own.length_dependent else ""),
+            live,
+            float(scaling),
+            logit_factors=(intended**2, effective),
+            sound=sound,
+            axis=axis,
+            names=resolved.axes,
+        )
+        for axis, own in by_axis.items()
+    ]
+
+
+def _unpatched(site: RopeSite) -> SiteDescription:
+    live = site.rotary.live(site.label)
+    scaling = float(site.rotary.scaling(site.label))
+    return _entry(
+        site,
+        str(site.found["rope_type"]),
+        live,
+        scaling,
+        logit_factors=(scaling**2, effective_logit_factor(site, scaling)),
+        sound=site.rebuilt is None,
+    )
+
+
+def _entry(
+    site: RopeSite,
+    scaling_name: str,
+    live: Tensor,
+    scaling: float,
+    *,
+    logit_factors: tuple[float, float],
+    sound: bool,
+    axis: str | None = None,
+    names: tuple[str, ...] = (),
+) -> SiteDescription:
+    slowdown, turning = _slowdown(site, live, axis, names)
+    largest = float(slowdown[turning].max())
+    geometry = site.geometry
+    return SiteDescription(
+        path=site.path,
+        layer_type=site.label,
+        axis=axis,
+        scaling=scaling_name,
+        base=geometry.base,
+        rotary_dim=geometry.rotary_dim,
+        head_dim=geometry.head_dim,
+        original_max_position_embeddings=geometry.original_max_position_embeddings,
+        pairs=turning.numel(),
+        untouched_pairs=int((slowdown[turning] - 1).abs().le(SAME).sum() + (~turning).sum()),
+        largest_slowdown=largest if math.isfinite(largest) else None,
+        attention_scaling=scaling,
+        logit_factor=logit_factors[0],
+        effective_logit_factor=logit_factors[1],
+        sound=sound,
+        dtype=str(live.dtype).removeprefix("torch."),
+        device=str(live.device),
+    )
+
+
+def _slowdown(
+    site: RopeSite, live: Tensor, axis: str | None, names: tuple[str, ...]
+) -> tuple[Tensor, Tensor]:
+    """Return trained over live frequencies, and which pairs turn in training, of an axis or all."""
+    slowdown = site.inv_freq.double() / live.cpu().double().squeeze()
+    turning = (site.inv_freq > 0).expand_as(slowdown)
+    if axis is not None and slowdown.ndim == 1:
+        order = site.pair_order or range(site.geometry.pairs)
+        own = torch.tensor([(site.geometry.axes or ())[pair] == axis for pair in order])
+        return slowdown[own], turning[own]
+    if slowdown.ndim == 2:  # frequencies by axis, all alike where there is one method
+        row = 0 if axis is None else names.index(axis)
+        return slowdown[row], turning[row]
+    return slowdown, turning
+
+
+def _matches(live: Tensor, expected: Tensor) -> bool:
+    return torch.allclose(live.cpu().double(), expected.double(), rtol=SAME, atol=0.0)

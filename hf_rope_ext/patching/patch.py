@@ -1,0 +1,334 @@
+"""Put a method into a loaded model, and take it out again.
+
+What changes is the model passed in and its config, nothing else: no class, no registry, no other
+model.
+"""
+
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from torch import Tensor, nn
+
+from hf_rope_ext.cache import generation as caching
+from hf_rope_ext.cache import rope_deltas as deltas
+from hf_rope_ext.errors import (
+    AlreadyScaledError,
+    NotPatchedError,
+    RopeWarning,
+    UnsupportedModelError,
+)
+from hf_rope_ext.methods import Method
+from hf_rope_ext.models.family import Config
+from hf_rope_ext.patching import placed_index as visual
+from hf_rope_ext.patching.advice import advice
+from hf_rope_ext.patching.probe import probe_attention, probe_rotary, probe_towers
+from hf_rope_ext.patching.resolve import TARGETS, Request, resolve
+from hf_rope_ext.positions.layouts import MRopeLayout
+from hf_rope_ext.positions.placement import VisualPositions
+from hf_rope_ext.rotary.extended import ExtendedRotary
+from hf_rope_ext.rotary.extended_table import ExtendedTable
+from hf_rope_ext.rotary.installed import ConfigBefore, Patch, Resolved, patch_of
+from hf_rope_ext.rotary.request_plan import RequestPlan
+from hf_rope_ext.rotary.vision_towers import patches_for
+
+
+def patch_model(
+    model: nn.Module,
+    method: str | Method | Mapping[str, str | Method],
+    *,
+    factor: float | Mapping[str, float] | None = None,
+    target_length: int | None = None,
+    original_max_position_embeddings: int | None = None,
+    layer_types: Sequence[str] | None = None,
+    limit_only: bool = False,
+    mrope_layout: str | MRopeLayout | None = None,
+    visual_positions: VisualPositions | None = None,
+    temperature: str = "rotation",
+    replace: bool = False,
+    probe: bool = True,
+    on_growth: str | None = None,
+    buckets: float | None = None,
+    compat: str | None = None,
+    on_plan: Callable[[RequestPlan], None] | None = None,
+    target: str = "text",
+    **method_knobs: Any,
+) -> nn.Module:
+    """Extend the context of a model in memory, in place.
+
+    Args:
+        model: A transformers model or anything around one: PEFT, quantized, dispatched, compiled,
+            a vision-language model, whose text model is then meant.
+        method: A name from `available_methods`, also with modifiers (``"yarn+resonance"``), or a
+            method object. On a model with M-RoPE also one for each axis, ``{"t": "yarn", "w":
+            "linear"}``; the pairs of other axes then stay as they are.
+        factor: Target length over trained length, at least 1. 1 leaves every logit bit-identical
+            (except with ``dynamic``, where ``factor`` means something else). Like any knob, on a
+            model with M-RoPE also by axis: ``{"t": 4, "h": 1}``.
+        target_length: Target length in positions, instead of ``factor``.
+        original_max_position_embeddings: The trained length in positions, where the config's
+            ``max_position_embeddings`` is not it.
+        layer_types: In families with ``rope_parameters`` per layer type, which to extend. When not
+            given, those without a bounded attention window.
+        limit_only: Whether the frequencies stay as they are and the length that the config allows
+            is raised alone.
+        mrope_layout: On a model with M-RoPE, which pairs turn by which axis: a name or an
+            `MRopeLayout`, for training and study; the model's own when not given.
+        visual_positions: On a model with M-RoPE, where the tokens of images and videos are placed;
+            as the model does it, or as ``mrope_layout`` has it, when not given. Only positions that
+            the model computes are concerned, not ``position_ids`` passed in.
+        temperature: Where a method's temperature goes: ``"rotation"``, into cos and sin as in
+            transformers; ``"logits"``, into the attention's softmax scale, which also works where
+            only part of a head rotates or queries and keys are normalised after rotation.
+        replace: Whether a patch, or a scaling in the model's own config, is replaced. The method
+            then starts from the unscaled geometry; factors never compound.
+        probe: Whether to check afterwards that the rotary embedding computes the plan and that the
+            attention uses it.
+        on_growth: For length-dependent methods: what happens when a loop written by hand outgrows
+            the plan of its cache (``generate`` and `planned` know the length beforehand).
+            ``"rerotate"``, the default, turns the cached keys to the longer plan's angles;
+            ``"error"`` raises before the call; ``"freeze"`` goes on with the plan there is.
+        buckets: For length-dependent methods: planned lengths beyond the trained one are rounded
+            up to the trained length times a power of this number, above 1.
+        compat: For length-dependent methods: ``"transformers"`` follows stock transformers (one
+            length for the batch, chosen anew at every call, cached keys left as they were).
+        on_plan: For length-dependent methods: called with the `RequestPlan` of every request.
+        target: ``"text"``, or ``"vision"``: the axial rotary embeddings of the vision towers, for
+            images larger than in training. Lengths are then patches along the longer side, and an
+            axis is ``"h"`` or ``"w"``. The two are patched, described and undone apart.
+        **method_knobs: The method's other knobs.
+
+    Returns:
+        ``model``.
+
+    Raises:
+        RopeError: One of its children says what is wrong; the model is then as it was.
+    """
+    previous = patch_of(model, target)
+    if previous is not None and not replace:
+        part = "model is" if target == "text" else f"model's {target} is"
+        raise AlreadyScaledError(
+            f"the {part} already patched with {previous.resolved.method!r}; nothing was changed. "
+            f"Call unpatch_model first, or pass replace=True."
+        )
+    request = Request(
+        method=method,
+        knobs=method_knobs,
+        factor=factor,
+        target_length=target_length,
+        original_max_position_embeddings=original_max_position_embeddings,
+        layer_types=layer_types,
+        limit_only=limit_only,
+        mrope_layout=mrope_layout,
+        visual_positions=visual_positions,
+        temperature=temperature,
+        replace=replace,
+        on_growth=on_growth,
+        buckets=buckets,
+        compat=compat,
+        on_plan=on_plan,
+        target=target,
+    )
+    with _unchanged_on_error(model, previous, target):
+        resolved = resolve(request, model)
+        _require_loaded(resolved)
+        rotaries = _install(model, resolved)
+        if probe and target == "vision":
+            probe_towers(resolved.sites, rotaries)
+            probe_attention(model, rotaries, patches_for)
+        elif probe:
+            probe_rotary(rotaries)
+            probe_attention(model, rotaries)
+        for note in advice(resolved):
+            warnings.warn(note, RopeWarning, stacklevel=2)
+    return model
+
+
+def unpatch_model(model: nn.Module, target: str | None = None) -> nn.Module:
+    """Undo `patch_model`: modules, buffers and config are bit for bit what they were.
+
+    Args:
+        model: The model.
+        target: ``"text"`` or ``"vision"``; what is patched of both when not given.
+
+    Returns:
+        ``model``.
+
+    Raises:
+        NotPatchedError: If it is not patched.
+    """
+    targets = TARGETS if target is None else (target,)
+    patches = [patch for one in targets if (patch := patch_of(model, one)) is not None]
+    if not patches:
+        part = "" if target is None else f" in its {target} model"
+        raise NotPatchedError(f"{type(model).__name__} is not patched{part}; nothing was changed.")
+    for patch in patches:
+        _uninstall(model, patch)
+    return model
+
+
+@contextmanager
+def patched(
+    model: nn.Module, method: str | Method | Mapping[str, str | Method], **arguments: Any
+) -> Iterator[nn.Module]:
+    """Patch a model for the duration of a ``with`` block; arguments are `patch_model`'s."""
+    patch_model(model, method, **arguments)
+    try:
+        yield model
+    finally:
+        unpatch_model(model, arguments.get("target", "text"))
+
+
+def _require_loaded(resolved: Resolved) -> None:
+    for site in resolved.sites:
+        if site.rotary.live(site.label).is_meta:
+            raise UnsupportedModelError(
+                f"{site.path} is on the meta device, so there are no frequencies yet; load the "
+                f"weights first. Nothing was changed."
+            )
+
+
+def _install(model: nn.Module, resolved: Resolved) -> dict[str, ExtendedRotary]:
+    """Swap the rotary modules in and bring the configs in step.
+
+    Returns:
+        The new modules by path.
+    """
+    patch = Patch(resolved, [])
+    extended: dict[str, ExtendedRotary] = {}
+    for site in resolved.sites:
+        rotary = site.rotary
+        if rotary.path in extended:
+            continue
+        rotations = {
+            other.label: rotation
+            for other, rotation in zip(resolved.sites, resolved.rotations, strict=True)
+            if other.rotary.path == rotary.path
+        }
+        build = ExtendedTable if rotary.family.table else ExtendedRotary
+        extended[rotary.path] = module = build(
+            rotary.original,
+            rotations,
+            patch,
+            path=rotary.path,
+            reads_config=rotary.family.reads_config,
+        )
+        for parent, name in _places(model, rotary.original):
+            setattr(parent, name, module)
+        _keep_hook(rotary.original, module)
+    for softmax in resolved.softmax:
+        softmax.apply()
+    if resolved.method.length_dependent and resolved.rotations[0].policy.compat is None:
+        caching.install(model, extended)
+    if resolved.target == "text":
+        deltas.install(model, extended)
+    _install_visual(model, resolved)
+    for change in resolved.configs:
+        patch.configs_before.append(_set_attributes(change.config, change.attributes))
+    return extended
+
+
+def _install_visual(model: nn.Module, resolved: Resolved) -> None:
+    if resolved.visual is not None:
+        configs = [site.config for site in resolved.sites]
+        visual.install(model, configs, resolved.visual, resolved.axes)
+
+
+def _uninstall(model: nn.Module, patch: Patch) -> Callable[[], None]:
+    """Put everything back.
+
+    Returns:
+        A function that undoes this.
+    """
+    removed = []
+    text = patch.resolved.target == "text"
+    plans = text and caching.is_installed(model)
+    extended = [part for part in model.modules() if isinstance(part, ExtendedRotary)]
+    for module in [part for part in extended if part.patch is patch]:
+        original = module.restored()
+        for parent, name in _places(model, module):
+            removed.append((parent, name, module))
+            if isinstance(original, Tensor):
+                delattr(parent, name)
+                parent.register_buffer(name, original, persistent=False)
+            else:
+                setattr(parent, name, original)
+    if text:
+        caching.remove(model)
+        deltas.remove(model)
+        visual.remove(model)
+    for softmax in patch.resolved.softmax:
+        softmax.revert()
+    after = [_restore_attributes(before) for before in patch.configs_before]
+
+    def reinstall() -> None:
+        for parent, name, module in removed:
+            setattr(parent, name, module)
+        rotaries = {module.path: module for _, _, module in removed}
+        if plans:
+            caching.install(model, rotaries)
+        if text:
+            deltas.install(model, rotaries)
+        _install_visual(model, patch.resolved)
+        for softmax in patch.resolved.softmax:
+            softmax.apply()
+        patch.configs_before = [_set_attributes(config, values) for config, values in after]
+
+    return reinstall
+
+
+@contextmanager
+def _unchanged_on_error(model: nn.Module, previous: Patch | None, target: str) -> Iterator[None]:
+    """Take a previous patch out, and on an error put everything back as it was."""
+    reinstall = _uninstall(model, previous) if previous is not None else None
+    try:
+        yield
+    except BaseException:
+        half_done = patch_of(model, target)
+        if half_done is not None:
+            _uninstall(model, half_done)
+        if reinstall is not None:
+            reinstall()
+        raise
+
+
+def _places(model: nn.Module, original: nn.Module | Tensor) -> list[tuple[nn.Module, str]]:
+    """Return every parent and name under which a module or buffer hangs."""
+    return [
+        (parent, name)
+        for parent in model.modules()
+        for name, held in [*parent._modules.items(), *parent._buffers.items()]
+        if held is original
+    ]
+
+
+def _keep_hook(original: nn.Module | Tensor, module: ExtendedRotary) -> None:
+    """Give the new module the hook with which accelerate moves inputs to the old one's device."""
+    hook = getattr(original, "_hf_hook", None)
+    if hook is not None:
+        from accelerate.hooks import add_hook_to_module
+
+        add_hook_to_module(module, hook)
+
+
+def _set_attributes(config: Config, attributes: Mapping[str, Any]) -> ConfigBefore:
+    before = {name: getattr(config, name) for name in attributes if hasattr(config, name)}
+    for name, value in attributes.items():
+        setattr(config, name, value)
+    return ConfigBefore(config, before, tuple(name for name in attributes if name not in before))
+
+
+def _restore_attributes(before: ConfigBefore) -> tuple[Config, dict[str, Any]]:
+    """Restore a config.
+
+    Returns:
+        The config and the attributes it had until now.
+    """
+    config = before.config
+    after = {name: getattr(config, name) for name in (*before.values, *before.added)}
+    for name, value in before.values.items():
+        setattr(config, name, value)
+    for name in before.added:
+        delattr(config, name)
+    return config, after

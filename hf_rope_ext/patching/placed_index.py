@@ -1,0 +1,140 @@
+"""Place the visual tokens of a patched model: its own rule first, then ours.
+
+A vision-language model computes the positions of images, videos and text in one method, which gets
+a stand-in on the instance patched; its class stays as it is.
+"""
+
+import inspect
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hf_rope_ext.errors import UnsupportedModelError
+from hf_rope_ext.models.family import Config, family_of, text_configs
+from hf_rope_ext.positions.placement import VisualPositions, place_visual_tokens
+
+INDEX = "get_rope_index"
+"""The method that computes the positions of a request."""
+
+VISUAL_KINDS = (1, 2)
+"""Image and video in ``mm_token_type_ids``; audio takes positions as text does."""
+
+
+class PlacedIndex:
+    """What stands in for a model's ``get_rope_index``.
+
+    Args:
+        model: The model.
+        rule: Where visual tokens shall stand.
+        axes: Names of the axes of its positions.
+        next_text: Its own rule for the text behind them.
+    """
+
+    def __init__(
+        self, model: nn.Module, rule: VisualPositions, axes: tuple[str, ...], next_text: str
+    ) -> None:
+        self.model = model
+        self.rule = rule
+        self.axes = axes
+        self.next_text = next_text
+
+    @property
+    def __signature__(self) -> inspect.Signature:
+        return inspect.signature(getattr(type(self.model), INDEX).__get__(self.model))
+
+    def __call__(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Return positions ``(axes, batch, seq)`` and how far they lag behind the tokens.
+
+        Raises:
+            RopeError: If the model did not place its visual tokens as it is known to.
+        """
+        positions, _ = getattr(type(self.model), INDEX)(self.model, *args, **kwargs)
+        given = self.__signature__.bind(*args, **kwargs).arguments
+        ids, mask = given["input_ids"], given.get("attention_mask")
+        visual = self._visual(ids, given.get("mm_token_type_ids"))
+        placed = place_visual_tokens(
+            positions,
+            visual,
+            self.rule,
+            axes=self.axes,
+            next_text=self.next_text,
+            attention_mask=mask,
+        )
+        kept = (torch.ones_like(ids) if mask is None else mask).bool().to(placed.device)
+        longest = placed.masked_fill(~kept, 0).amax(dim=(0, 2))
+        return placed, (longest + 1 - kept.sum(dim=1))[:, None]
+
+    def _visual(self, ids: Tensor, kinds: Tensor | None) -> Tensor:
+        if kinds is not None:
+            return torch.where(torch.isin(kinds, torch.tensor(VISUAL_KINDS).to(kinds)), kinds, 0)
+        visual = torch.zeros_like(ids)
+        for kind, token in _visual_tokens(self.model.config):
+            visual = torch.where(ids == token, kind, visual)
+        return visual
+
+
+def install(
+    model: nn.Module, configs: list[Config], rule: VisualPositions, axes: tuple[str, ...]
+) -> None:
+    """Make the models around a text model place visual tokens by a rule.
+
+    Args:
+        model: The model to look in.
+        configs: Configs of the patched text models.
+        rule: Where visual tokens shall stand.
+        axes: Names of the axes of positions.
+
+    Raises:
+        UnsupportedModelError: If none computes positions of visual tokens.
+    """
+    found = list(_indexed(model, configs))
+    if not found:
+        raise UnsupportedModelError(
+            f"visual_positions: no part of {type(model).__name__} places visual tokens (none has "
+            f"{INDEX}); nothing was changed."
+        )
+    for part, next_text in found:
+        part.__dict__[INDEX] = PlacedIndex(part, rule, axes, next_text)
+
+
+def places_tokens(model: nn.Module, configs: list[Config]) -> bool:
+    """Return whether any part of a model computes positions for one of some text models.
+
+    Raises:
+        UnsupportedModelError: If one does so by a rule that is not known.
+    """
+    return any(_indexed(model, configs))
+
+
+def remove(model: nn.Module) -> None:
+    """Undo `install`."""
+    for part in model.modules():
+        if isinstance(part.__dict__.get(INDEX), PlacedIndex):
+            del part.__dict__[INDEX]
+
+
+def _indexed(model: nn.Module, configs: list[Config]) -> Iterator[tuple[nn.Module, str]]:
+    """Yield the models that place tokens for one of some text models, with their rule for text."""
+    for part in model.modules():
+        if not hasattr(type(part), INDEX):
+            continue
+        whole: Config = part.config
+        if any(own is config for own in text_configs(whole) for config in configs):
+            next_text = family_of(whole).next_text
+            if next_text is None:
+                raise UnsupportedModelError(
+                    f"visual_positions on model_type={whole.model_type!r}: it lays "
+                    f"images out by another rule than blocks with text behind. Nothing was changed."
+                )
+            yield part, next_text
+
+
+def _visual_tokens(config: Config) -> Iterator[tuple[int, int]]:
+    """Yield the kinds of visual tokens a config names, with their ids."""
+    for kind, name in zip(VISUAL_KINDS, ("image", "video"), strict=True):
+        for suffix in ("token_id", "token_index"):
+            token = getattr(config, f"{name}_{suffix}", None)
+            if token is not None:
+                yield kind, token

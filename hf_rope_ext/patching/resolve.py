@@ -1,0 +1,421 @@
+"""From the arguments of `patch_model` to everything it will change, all of it checked."""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hf_rope_ext.errors import (
+    AlreadyScaledError,
+    MethodParameterError,
+    RopeError,
+    UnsupportedModelError,
+)
+from hf_rope_ext.geometry import RopeGeometry
+from hf_rope_ext.methods import (
+    Dynamic,
+    Method,
+    NoScaling,
+    PerAxis,
+    knobs,
+    make_method,
+    make_per_axis,
+    split_name,
+)
+from hf_rope_ext.models.family import setting
+from hf_rope_ext.models.rope_config import config_changes
+from hf_rope_ext.models.sites import RopeSite, read_sites
+from hf_rope_ext.models.temperature import softmax_changes
+from hf_rope_ext.patching.placed_index import places_tokens
+from hf_rope_ext.positions.layouts import MRopeLayout, Turning
+from hf_rope_ext.positions.placement import LAYOUT_POSITIONS, VisualPositions
+from hf_rope_ext.rotary.axes import axis_names, with_axes
+from hf_rope_ext.rotary.installed import Resolved
+from hf_rope_ext.rotary.request_plan import LengthPolicy, RequestPlan
+from hf_rope_ext.rotary.rotation import Rotation
+from hf_rope_ext.rotary.vision_towers import (
+    AxialRotation,
+    named,
+    read_towers,
+    tower_axes,
+    tower_changes,
+)
+
+TEMPERATURES = ("rotation", "logits")
+TARGETS = ("text", "vision")
+TEXT_ARGUMENTS = (
+    "layer_types",
+    "limit_only",
+    "mrope_layout",
+    "visual_positions",
+    "on_growth",
+    "buckets",
+    "compat",
+    "on_plan",
+)
+"""What only a text model can be asked for."""
+
+
+@dataclass(frozen=True)
+class Request:
+    """The arguments of `patch_model`, as they were given; see there."""
+
+    method: str | Method | Mapping[str, str | Method]
+    factor: float | Mapping[str, float] | None = None
+    target_length: int | None = None
+    original_max_position_embeddings: int | None = None
+    layer_types: Sequence[str] | None = None
+    limit_only: bool = False
+    mrope_layout: str | MRopeLayout | None = None
+    visual_positions: VisualPositions | None = None
+    temperature: str = "rotation"
+    replace: bool = False
+    on_growth: str | None = None
+    buckets: float | None = None
+    compat: str | None = None
+    on_plan: Callable[[RequestPlan], None] | None = None
+    target: str = "text"
+    knobs: Mapping[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, method: str | Method, **arguments: Any) -> "Request":
+        """Return a request from arguments among which the method's knobs are mixed."""
+        own = {name for name in cls.__dataclass_fields__ if name not in ("method", "knobs")}
+        return cls(
+            method,
+            **{name: value for name, value in arguments.items() if name in own},
+            knobs={name: value for name, value in arguments.items() if name not in own},
+        )
+
+
+def resolve(request: Request, model: nn.Module) -> Resolved:
+    """Check a request against a model, changing nothing.
+
+    Raises:
+        RopeError: If any part of it cannot be served.
+    """
+    if not isinstance(request.method, Method | Mapping):
+        split_name(request.method)
+    if request.temperature not in TEMPERATURES:
+        raise MethodParameterError(
+            f"temperature must be one of {', '.join(map(repr, TEMPERATURES))}, got "
+            f"{request.temperature!r}."
+        )
+    _require_length("target_length", request.target_length, least=1)
+    _require_length(
+        "original_max_position_embeddings", request.original_max_position_embeddings, least=2
+    )
+    if request.target not in TARGETS:
+        raise MethodParameterError(
+            f"target must be one of {', '.join(map(repr, TARGETS))}, got {request.target!r}."
+        )
+    if request.target == "vision":
+        return _resolve_vision(request, model)
+    layer_types = _layer_types(request.layer_types)
+    sites = read_sites(
+        model,
+        layer_types=layer_types,
+        original_max_position_embeddings=request.original_max_position_embeddings,
+    )
+    for site in sites:
+        _require_ready(site, request)
+    sites = [with_axes(site) for site in sites]
+    layout = _layout(request.mrope_layout)
+    turnings = [_turning(site, layout) for site in sites]
+    changed = layout if any(turnings) else None
+    sites = [_turned(site, turning) for site, turning in zip(sites, turnings, strict=True)]
+    method, target = _method(request, sites[0].geometry), request.target_length
+    if request.limit_only:
+        method, target = NoScaling(), _limit(method, request, sites[0].geometry)
+    policy = _policy(request, method)
+    rotations = [
+        _rotation(site, method, request.temperature, policy, turning)
+        for site, turning in zip(sites, turnings, strict=True)
+    ]
+    axes = axis_names(sites[0].rotary, sites[0].label)
+    visual = _visual(request.visual_positions, axes)
+    # a text model by itself is given its positions, also those that belong to a layout
+    implied = LAYOUT_POSITIONS.get(layout.name) if layout is not None and visual is None else None
+    if implied is not None and places_tokens(model, [site.config for site in sites]):
+        visual = implied
+    settings = {
+        "target_length": target,
+        "layer_types": None if layer_types is None else list(layer_types),
+        **({"lengths": policy.to_dict()} if method.length_dependent else {}),
+        **({} if changed is None else {"mrope_layout": asdict(changed)}),
+        **({} if visual is None else {"visual_positions": visual.to_dict()}),
+    }
+    return Resolved(
+        method=method,
+        sites=sites,
+        rotations=rotations,
+        temperature=request.temperature,
+        softmax=softmax_changes(model, sites, method, request.temperature),
+        configs=config_changes(
+            sites,
+            method,
+            target_length=target,
+            temperature=request.temperature,
+            settings=settings,
+            has_stock_form=changed is None and visual is None,
+        ),
+        layout=changed,
+        visual=visual,
+        axes=axes,
+    )
+
+
+def _resolve_vision(request: Request, model: nn.Module) -> Resolved:
+    """Check a request for the vision towers of a model."""
+    for name in TEXT_ARGUMENTS:
+        if getattr(request, name):
+            raise MethodParameterError(f"{name} is for target='text', got it with 'vision'.")
+    if request.temperature != "rotation":
+        raise MethodParameterError(
+            "temperature='logits' is for target='text'; a vision tower has it in cos and sin."
+        )
+    sites = read_towers(model, request.original_max_position_embeddings)
+    names = tower_axes(sites[0])
+    method = _method(request, named(sites[0].geometry, names))
+    if method.length_dependent:
+        raise MethodParameterError(
+            f"{method.name} follows the length of a request, and a vision tower sees images of all "
+            f"sizes in one; choose a static method for the largest image."
+        )
+    rotations = [
+        AxialRotation(method, site.geometry, site.inv_freq, site.pair_order, names=names)
+        for site in sites
+    ]
+    for site, rotation in zip(sites, rotations, strict=True):
+        _require_finite(site, method, *rotation.within())
+    return Resolved(
+        method=method,
+        sites=sites,
+        rotations=list(rotations),
+        temperature=request.temperature,
+        softmax=[],
+        configs=tower_changes(sites, method, {"target_length": request.target_length}),
+        layout=None,
+        visual=None,
+        axes=names,
+        target="vision",
+    )
+
+
+def _layout(given: str | MRopeLayout | None) -> MRopeLayout | None:
+    if given is None or isinstance(given, MRopeLayout):
+        return given
+    return MRopeLayout(given)
+
+
+def _turning(site: RopeSite, layout: MRopeLayout | None) -> Turning | None:
+    """Return a layout on a site, None where that is how the site was trained."""
+    if layout is None:
+        return None
+    axes = site.geometry.axes
+    if axes is None:
+        raise MethodParameterError(
+            f"{site.path}: mrope_layout={layout.name!r} is for models whose pairs each turn by one "
+            f"of several position axes (M-RoPE), as the pairs of this one do not."
+        )
+    config = site.config
+    heads = setting(config, "num_key_value_heads") or setting(config, "num_attention_heads")
+    turning = layout.on(axes, heads)
+    as_trained = Turning(tuple(map(turning.names.index, axes)), turning.names)
+    return None if turning == as_trained else turning
+
+
+def _turned(site: RopeSite, turning: Turning | None) -> RopeSite:
+    """Return a site whose pairs turn by the axes of a layout; one by heads changes no pair."""
+    if turning is None or turning.per_head:
+        return site
+    axes = tuple(turning.names[row] for row in turning.rows)
+    return replace(site, geometry=replace(site.geometry, axes=axes))
+
+
+def _visual(given: VisualPositions | None, axes: tuple[str, ...]) -> VisualPositions | None:
+    """Return where visual tokens shall be placed, checked."""
+    if given is None:
+        return None
+    if not isinstance(given, VisualPositions):
+        raise MethodParameterError(
+            f"visual_positions must be a VisualPositions, got {given!r}: "
+            f"visual_positions=VisualPositions(factor={{'t': 4}})."
+        )
+    if len(axes) < 2:
+        raise MethodParameterError(
+            "visual_positions are for models with M-RoPE; the positions of this one have one axis."
+        )
+    given.factors(axes)
+    return given
+
+
+def _method(request: Request, geometry: RopeGeometry) -> Method:
+    """Return the method with its factor, of each axis where anything is given by axis."""
+    values = {**request.knobs, **({} if request.factor is None else {"factor": request.factor})}
+    if isinstance(request.method, Method) and values:
+        raise MethodParameterError(
+            f"{next(iter(values))} is set on the method object already ({request.method!r}); pass "
+            f"one or the other."
+        )
+    if isinstance(request.method, PerAxis):
+        method = request.method.along(geometry)
+    elif isinstance(request.method, Method):
+        method = request.method
+    elif any(isinstance(value, Mapping) for value in (request.method, *values.values())):
+        method = make_per_axis(request.method, values).along(geometry)
+    else:
+        method = _named_method(request.method, request, geometry)  # type: ignore[arg-type]
+    _require_agreement(method, geometry, request.target_length)
+    return method
+
+
+def _named_method(name: str, request: Request, geometry: RopeGeometry) -> Method:
+    """Return the method with its factor, from whichever of the two lengths was given."""
+    trained = geometry.original_max_position_embeddings
+    target, factor = request.target_length, request.factor
+    values = dict(request.knobs)
+    if factor is not None:
+        values["factor"] = factor
+    elif target is not None and _stretches(name):
+        if target < trained:
+            raise MethodParameterError(
+                f"target_length={target} is less than the trained length {trained}; there is "
+                f"nothing to extend."
+            )
+        values["factor"] = target / trained
+    return make_method(name, **values)
+
+
+def _limit(method: Method, request: Request, geometry: RopeGeometry) -> int:
+    target = request.target_length or method.target_length(geometry)
+    if target is None:
+        raise MethodParameterError(
+            "limit_only raises the length alone: give target_length, or a method with a factor."
+        )
+    return target
+
+
+def _stretches(name: str) -> bool:
+    """Return whether a method's factor is target over trained length."""
+    classes = split_name(name)
+    return Dynamic not in classes and any("factor" in knobs(cls) for cls in classes)
+
+
+def _require_agreement(method: Method, geometry: RopeGeometry, target: int | None) -> None:
+    own = method.target_length(geometry)
+    if target is not None and own is not None and own != target:
+        raise MethodParameterError(
+            f"target_length={target} contradicts {method!r}, which is for {own} positions on a "
+            f"trained length of {geometry.original_max_position_embeddings}; give one of the two."
+        )
+
+
+def _policy(request: Request, method: Method) -> LengthPolicy:
+    """Return how requests are followed, which a static method cannot be asked for."""
+    settings = {
+        name: getattr(request, name)
+        for name in ("on_growth", "buckets", "compat", "on_plan")
+        if getattr(request, name) is not None
+    }
+    if settings and not method.length_dependent:
+        raise MethodParameterError(
+            f"{next(iter(settings))} is for methods that follow the length of the request; "
+            f"{method!r} is the same at every length."
+        )
+    if "compat" in settings and len(settings) > 1:
+        idle = ", ".join(name for name in settings if name != "compat")
+        raise MethodParameterError(
+            f"{idle} has no effect with compat={request.compat!r}, which plans no request; leave "
+            f"one of the two out."
+        )
+    return LengthPolicy(**settings)
+
+
+def _rotation(
+    site: RopeSite,
+    method: Method,
+    temperature: str,
+    policy: LengthPolicy,
+    turning: Turning | None,
+) -> Rotation:
+    """Return how a site is computed; its plan is made once, so that bad lists are found."""
+    rotation = Rotation(
+        method=method,
+        geometry=site.geometry,
+        trained=site.inv_freq,
+        pair_order=site.pair_order,
+        scales_rotation=temperature == "rotation",
+        policy=policy,
+        turning=turning,
+    )
+    frequencies, scaling = rotation.within()
+    _require_finite(site, method, frequencies, scaling)
+    if method.length_dependent:
+        _require_per_request(site, method, temperature)
+        rotation.at(torch.ones(1, 1, 1, dtype=torch.float64), frequencies, scaling)
+    return rotation
+
+
+def _require_finite(site: RopeSite, method: Method, frequencies: Tensor, scaling: float) -> None:
+    if not (torch.isfinite(frequencies).all() and math.isfinite(scaling)):
+        raise MethodParameterError(
+            f"{site.path}: {method!r} gives frequencies that are not finite on {site.geometry!r}."
+        )
+
+
+def _require_per_request(site: RopeSite, method: Method, temperature: str) -> None:
+    """Refuse what a plan that follows the request cannot have on this model."""
+    reason = site.family.length_dependent
+    if reason is not None:
+        raise UnsupportedModelError(
+            f"{method.name} on model_type={site.config.model_type!r}: {reason}. Nothing was "
+            f"changed."
+        )
+    if temperature == "logits":
+        raise MethodParameterError(
+            f"{method.name} with temperature='logits': the softmax scale of a module cannot follow "
+            f"each request; use temperature='rotation'."
+        )
+    if site.family.softmax_mscale and getattr(method, "mscale_all_dim", None) is not None:
+        raise MethodParameterError(
+            f"{method.name} with mscale_all_dim on model_type={site.config.model_type!r}: its "
+            f"softmax scale cannot follow each request; use attention_factor."
+        )
+
+
+def _require_ready(site: RopeSite, request: Request) -> None:
+    """Refuse a site that is scaled already, or of unknown trained length."""
+    rope_type = site.found["rope_type"]
+    if rope_type != "default" and not request.replace:
+        unused = " (set after loading, so it has no effect)" if site.found.get("edited") else ""
+        raise AlreadyScaledError(
+            f"{site.path}: the model's own config already scales its RoPE{unused}: "
+            f"{dict(site.found)!r}. Nothing was changed; pass replace=True to start from the "
+            f"unscaled rope_theta."
+        )
+    if site.geometry.original_max_position_embeddings < 2:
+        raise MethodParameterError(
+            f"{site.path}: the config does not say what length was trained "
+            f"({dict(site.found)!r}); pass original_max_position_embeddings."
+        )
+
+
+def _require_length(name: str, value: object, *, least: int) -> None:
+    if value is not None and (
+        isinstance(value, bool) or not isinstance(value, int) or value < least
+    ):
+        raise MethodParameterError(
+            f"{name} must be an integer of at least {least}, in positions, got {value!r}."
+        )
+
+
+def _layer_types(value: Sequence[str] | None) -> tuple[str, ...] | None:
+    if value is None:
+        return None
+    if isinstance(value, str) or not all(isinstance(label, str) for label in value) or not value:
+        raise RopeError(f"layer_types must be a list of layer types, got {value!r}.")
+    return tuple(value)

@@ -1,0 +1,1 @@
+"""How long a request is and what a longer context takes."""

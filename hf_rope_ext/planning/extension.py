@@ -1,0 +1,309 @@
+"""What a longer context would mean for a model, told from its config alone."""
+
+import json
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hf_rope_ext.errors import RopeError
+from hf_rope_ext.geometry import RopeGeometry
+from hf_rope_ext.methods import Method, Yarn
+from hf_rope_ext.models.family import Config, setting
+from hf_rope_ext.models.sites import RopeSite, read_sites, window
+from hf_rope_ext.rotary.axes import with_axes
+from hf_rope_ext.saving.engines import TARGETS, export
+from hf_rope_ext.saving.loading import skeleton
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """One set of rotary frequencies, as `inspect` shows it.
+
+    Args:
+        model_type: Of the text model.
+        path: Of the rotary module.
+        layer_type: The layer type it serves, None for all.
+        scaling: The scaling in the model's own config, as ``rope_parameters``.
+        rope_theta: The base.
+        rotary_dim: Rotated coordinates of a head.
+        head_dim: All coordinates of a head.
+        original_max_position_embeddings: Trained length in positions, 0 where the config does not
+            say it.
+        wavelengths: Positions per full turn of each pair; None for a resting pair.
+        turns: Turns of each pair within the trained length.
+        unfinished_pairs: Pairs that never finish a turn in training: beyond the trained length
+            they meet angles they have not seen.
+        window: Positions that layers with a sliding window see, None where all see all.
+    """
+
+    model_type: str
+    path: str
+    layer_type: str | None
+    scaling: Mapping[str, Any]
+    rope_theta: float
+    rotary_dim: int
+    head_dim: int | None
+    original_max_position_embeddings: int
+    wavelengths: list[float | None]
+    turns: list[float]
+    unfinished_pairs: int
+    window: int | None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain JSON data."""
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class Effect:
+    """What a method does to the pairs of a model at a target length.
+
+    Args:
+        method: Name of the method.
+        kept: Pairs that turn as in training.
+        slowed_in_full: Pairs slowed by the whole factor, or more.
+        between: Pairs slowed by less.
+        unseen: Pairs that never finished a turn in training and at the target reach an angle
+            beyond the largest trained one.
+        attention_scaling: What cos and sin are multiplied by.
+        nearest: Slowdown of the fastest pair: how much neighbouring positions are blurred.
+    """
+
+    method: str
+    kept: int
+    between: int
+    slowed_in_full: int
+    unseen: int
+    attention_scaling: float
+    nearest: float
+
+
+def inspect_config(config: Config) -> list[Inspection]:
+    """Return what a model's config says about its rotary embeddings.
+
+    Raises:
+        RopeError: If it describes no model with a rotary embedding.
+    """
+    return [_inspect(site) for site in read_sites(skeleton(config))]
+
+
+def text_site(config: Config, original_max_position_embeddings: int | None = None) -> RopeSite:
+    """Return the set of frequencies that decides how far a model reads.
+
+    Raises:
+        RopeError: If the config does not say what length was trained.
+    """
+    site = read_sites(
+        skeleton(config), original_max_position_embeddings=original_max_position_embeddings
+    )[0]
+    if not site.geometry.original_max_position_embeddings:
+        raise RopeError(
+            f"the config does not say what length was trained ({dict(site.found)!r}); give "
+            f"original_max_position_embeddings."
+        )
+    return with_axes(site)
+
+
+def effect(method: Method, geometry: RopeGeometry, target: int) -> Effect:
+    """Return what a method does to the pairs when a request is ``target`` positions long."""
+    frozen = method.frozen(geometry, target) if method.length_dependent else method
+    plan = frozen.plan(geometry)
+    trained, planned = geometry.inv_freq(), plan.inv_freq
+    slowdown = trained / planned.clamp(min=1e-300)
+    factor = target / geometry.original_max_position_embeddings
+    kept = torch.isclose(planned, trained, rtol=1e-9, atol=0.0)
+    full = ~kept & (slowdown >= factor * (1 - 1e-9))
+    seen = trained * geometry.original_max_position_embeddings
+    unseen = (seen < 2 * math.pi) & (planned * target > seen * (1 + 1e-9))
+    return Effect(
+        method=method.name,
+        kept=int(kept.sum()),
+        between=int((~kept & ~full).sum()),
+        slowed_in_full=int(full.sum()),
+        unseen=int(unseen.sum()),
+        attention_scaling=float(plan.attention_scaling),
+        nearest=float(slowdown[0]),
+    )
+
+
+def cache_bytes(config: Config, length: int, bytes_per_number: int = 2) -> int:
+    """Return what the keys and values of one sequence of ``length`` positions take up.
+
+    Layers with a sliding window keep that window, recurrent and linear layers nothing that grows.
+    """
+    layers = setting(config, "num_hidden_layers") or 0
+    kinds = setting(config, "layer_types") or ["full_attention"] * layers
+    bound = setting(config, "sliding_window")
+    if not setting(config, "layer_types") and setting(config, "use_sliding_window", True) and bound:
+        kinds = ["sliding_attention"] * layers
+    total = 0
+    for index, kind in enumerate(kinds):
+        if "attention" not in kind or "linear" in kind:
+            continue
+        kept = min(length, bound) if "sliding" in kind and bound else length
+        total += kept * _numbers_per_position(_layer_config(config, index))
+    return total * bytes_per_number
+
+
+def decay(inv_freq: Tensor, distances: Tensor) -> Tensor:
+    """Return the bound on attention at each distance (RoFormer, arXiv:2104.09864, sec. 3.4.3).
+
+    Args:
+        inv_freq: Frequencies, ``(pairs,)``.
+        distances: In positions, ``(distances,)``.
+
+    Returns:
+        The mean size of the partial sums of ``exp(i * distance * inv_freq)``, as a share of its
+        value at distance 0, ``(distances,)``.
+    """
+    angles = distances[:, None].double() * inv_freq[None, :].double()
+    sums = torch.polar(torch.ones_like(angles), angles).cumsum(dim=1)
+    return sums.abs().mean(dim=1) / ((len(inv_freq) + 1) / 2)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What reaching a length takes.
+
+    Args:
+        trained_length: In positions.
+        target_length: In positions.
+        factor: Their ratio.
+        cache_bytes: What keys and values of one sequence of the target length take up.
+        effects: What each method does to the pairs, by the label it was given.
+        advice: What the vendor says about extending the model by these methods, and what else to
+            mind.
+        exports: What tells each engine to use YaRN at that factor, or why nothing does.
+    """
+
+    trained_length: int
+    target_length: int
+    factor: float
+    cache_bytes: int
+    effects: dict[str, Effect]
+    advice: tuple[str, ...]
+    exports: dict[str, str]
+
+
+def plan_extension(
+    config: Config,
+    site: RopeSite,
+    target: int,
+    methods: Mapping[str, Method],
+    number_bytes: int,
+    tokens: int | None = None,
+) -> Plan:
+    """Return what it takes to extend a model to a target length.
+
+    Args:
+        config: The whole config.
+        site: What `text_site` returned for it.
+        target: In positions.
+        methods: To weigh against each other, by label.
+        number_bytes: Size of a number in the cache.
+        tokens: How many take up that many positions, where they are not as many.
+
+    Raises:
+        RopeError: If the target is within the trained length.
+    """
+    trained = site.geometry.original_max_position_embeddings
+    if target <= trained:
+        raise RopeError(f"the target {target} is within the trained length {trained}.")
+    factor = target / trained
+    exports = {}
+    for engine in TARGETS:
+        try:
+            found = export(
+                config,
+                engine,
+                method=Yarn(factor),
+                replace=True,
+                original_max_position_embeddings=trained,
+            )
+        except RopeError as error:
+            exports[engine] = f"not expressible: {error}"
+        else:
+            exports[engine] = found.command_line or json.dumps(found.config)
+    return Plan(
+        trained_length=trained,
+        target_length=target,
+        factor=factor,
+        cache_bytes=cache_bytes(site.config, tokens or target, number_bytes),
+        effects={label: effect(method, site.geometry, target) for label, method in methods.items()},
+        advice=_advice(site, methods.values(), target, tokens or target),
+        exports=exports,
+    )
+
+
+def curves(geometry: RopeGeometry, methods: Mapping[str, Method], factor: float) -> dict[str, Any]:
+    """Return what `hf-rope plot` draws, as JSON data: per pair and over distance."""
+    trained = geometry.original_max_position_embeddings
+    target = round(factor * trained)
+    distances = torch.logspace(0, math.log10(2 * target), 200).round()
+    result: dict[str, Any] = {
+        "trained_length": trained,
+        "target_length": target,
+        "distances": distances.tolist(),
+        "methods": {},
+    }
+    for label, method in methods.items():
+        inv_freq = method.frozen(geometry, target).plan(geometry).inv_freq
+        result["methods"][label] = {
+            "wavelengths": [2 * math.pi / float(one) if one > 0 else None for one in inv_freq],
+            "decay": decay(inv_freq, distances).tolist(),
+        }
+    return result
+
+
+def _advice(site: RopeSite, methods: Iterable[Method], target: int, tokens: int) -> tuple[str, ...]:
+    notes = []
+    if site.family.advice is not None:
+        said = (site.family.advice(method, site.geometry) for method in methods)
+        notes += [words for words in said if words is not None]
+    if tokens != target:
+        notes.append(
+            f"other engines limit a request by tokens: vLLM's --max-model-len, SGLang's "
+            f"--context-length and llama.cpp's --ctx-size must be {tokens}."
+        )
+    return tuple(dict.fromkeys(notes))
+
+
+def _inspect(site: RopeSite) -> Inspection:
+    geometry = site.geometry
+    trained = geometry.original_max_position_embeddings
+    inv_freq = geometry.inv_freq()
+    turns = inv_freq * trained / (2 * math.pi)
+    return Inspection(
+        model_type=site.config.model_type,
+        path=site.path,
+        layer_type=site.label,
+        scaling=dict(site.found),
+        rope_theta=geometry.base,
+        rotary_dim=geometry.rotary_dim,
+        head_dim=geometry.head_dim,
+        original_max_position_embeddings=trained,
+        wavelengths=[2 * math.pi / float(turn) if turn > 0 else None for turn in inv_freq],
+        turns=turns.tolist(),
+        unfinished_pairs=int(((turns < 1) & (inv_freq > 0)).sum()) if trained else 0,
+        window=window(site.config),
+    )
+
+
+def _layer_config(config: Config, index: int) -> Config:
+    if setting(config, "is_heterogeneous", False):
+        return config.per_layer_config[index]
+    return config
+
+
+def _numbers_per_position(config: Config) -> int:
+    """Return how many numbers of keys and values one layer keeps for one position."""
+    latent, rope = setting(config, "kv_lora_rank"), setting(config, "qk_rope_head_dim")
+    if latent and rope:
+        return int(latent + rope)
+    heads = setting(config, "num_attention_heads")
+    width = setting(config, "head_dim") or setting(config, "hidden_size") // heads
+    return int(2 * (setting(config, "num_key_value_heads") or heads) * width)

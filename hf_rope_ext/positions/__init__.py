@@ -1,0 +1,1 @@
+"""M-RoPE layouts and the placement of visual tokens."""

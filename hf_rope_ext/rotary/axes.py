@@ -1,0 +1,92 @@
+"""Which axis of the position each pair turns by, read off a family's own code."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hf_rope_ext.errors import UnsupportedModelError
+from hf_rope_ext.methods import NoScaling
+from hf_rope_ext.models.find import Rotary
+from hf_rope_ext.models.sites import RopeSite
+from hf_rope_ext.positions.layouts import AXES
+from hf_rope_ext.rotary.extended import ExtendedRotary
+from hf_rope_ext.rotary.rotation import Rotation
+
+
+def with_axes(site: RopeSite) -> RopeSite:
+    """Return a site whose geometry says by which axis each pair turns, where there are several.
+
+    Raises:
+        UnsupportedModelError: If the family's code cannot compute it.
+    """
+    names = axis_names(site.rotary, site.label)
+    if len(names) < 2:
+        return site
+    places = torch.eye(len(names))[..., None, None]
+    try:
+        turned = turned_pairs(site, places)
+    except RuntimeError as error:
+        own, pairs = sections(site.rotary, site.label), site.geometry.pairs
+        raise UnsupportedModelError(
+            f"{site.path}: mrope_section {list(own)!r} is for {sum(own)} pairs, but {pairs} turn, "
+            f"so the model itself cannot run ({error}). Nothing was changed; put the model's own "
+            f"mrope_section into its config."
+        ) from error
+    return owned(site, dict(zip(names, turned, strict=True)))
+
+
+def owned(site: RopeSite, turned: Mapping[str, Sequence[int]]) -> RopeSite:
+    """Return a site whose geometry names the axis of each pair, if each has one and no more.
+
+    Args:
+        site: The site.
+        turned: The stored pairs that turn by each axis.
+    """
+    pairs = range(site.geometry.pairs)
+    if sorted(pair for own in turned.values() for pair in own) != list(pairs):
+        return site  # such as HunYuan-VL, where the coordinates of a pair have different axes
+    order = site.pair_order or pairs
+    owners = {order[stored]: name for name, own in turned.items() for stored in own}
+    axes = tuple(owners[pair] for pair in pairs)
+    return replace(site, geometry=replace(site.geometry, axes=axes))
+
+
+def turned_pairs(site: RopeSite, places: Iterable[Tensor]) -> list[list[int]]:
+    """Return the stored pairs that each of some positions turns, read off the family's own code.
+
+    It computes positions that are 1 on one axis and 0 on the others, for frequencies whose cosines
+    can be told apart: a pair whose cosine comes out turns by that axis. Thus no layout has to be
+    known by name.
+    """
+    # far enough from each other, and from 1
+    cosines = torch.linspace(0.95, 0.05, site.geometry.pairs)
+    rotation = Rotation(NoScaling(), site.geometry, site.inv_freq)
+    rotary = ExtendedRotary(site.rotary.original, {site.label: rotation}, None)
+    layer_type = () if site.label is None else (site.label,)
+    found = []
+    for place in places:
+        x = torch.zeros(1, 1, 1)
+        cos, _ = rotary.laid_out(site.label, cosines.acos(), 1.0, x, place, *layer_type)
+        turned = (cosines[:, None] - cos.flatten()[None, :]).abs().amin(dim=1) < 1e-4
+        found.append(turned.nonzero().flatten().tolist())
+    return found
+
+
+def axis_names(rotary: Rotary, label: str | None) -> tuple[str, ...]:
+    """Return the names of the rows of the positions that a rotary module takes."""
+    family = rotary.family
+    if not hasattr(rotary.original, "mrope_section"):
+        return family.axes or ("position",)
+    found = sections(rotary, label)
+    return (family.axes or AXES)[-len(found) :] if found else ("position",)
+
+
+def sections(rotary: Rotary, label: str | None) -> tuple[int, ...]:
+    """Return the pairs of each axis as the rotary module has them; empty where it has none."""
+    found: Any = getattr(rotary.original, "mrope_section", None)
+    if isinstance(found, dict):
+        found = found[label]
+    return tuple(found or ())

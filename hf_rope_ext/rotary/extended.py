@@ -1,0 +1,251 @@
+"""The module that stands in for a family's rotary embedding.
+
+It owns the frequencies and leaves everything else (halves or interleaved pairs, half width,
+complex numbers, M-RoPE sections, the output's dtype) to the family's own ``forward``, which it
+calls on a stand-in for the original module whose ``inv_freq`` and ``attention_scaling`` are the
+plan's. The original is not touched, so undoing a patch means putting it back.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hf_rope_ext.geometry import Scale
+from hf_rope_ext.rotary.per_head import PerHead
+from hf_rope_ext.rotary.request_plan import RUNNING, row_lengths
+from hf_rope_ext.rotary.rotation import Rotation
+
+
+class ExtendedRotary(nn.Module):
+    """A family's rotary embedding with other frequencies.
+
+    Frequencies stay float32 whatever the model is cast to, and are made afresh wherever the model
+    is moved, so a cast or an empty copy of the model cannot spoil them.
+
+    Args:
+        original: The rotary module whose layout is used.
+        rotations: The sets of frequencies to compute with, by layer type (None where the family
+            does not distinguish); other layer types go to ``original``.
+        patch: What the patch changed beside this module, for undoing it.
+        path: Where it hangs.
+        reads_config: Whether ``original`` computes its frequencies from the config every time.
+    """
+
+    original: Any
+    attention_scaling: float
+
+    def __init__(
+        self,
+        original: nn.Module | Tensor,
+        rotations: Mapping[str | None, Rotation],
+        patch: object,
+        *,
+        path: str = "",
+        reads_config: bool = False,
+    ) -> None:
+        super().__init__()
+        self.rotations = dict(rotations)
+        self.patch = patch
+        self.path = path
+        self.stock_length: Tensor | None = None
+        self.reads_config = reads_config
+        device = _device(original)
+        persistent: dict[str, Any] = {}
+        if isinstance(original, nn.Module):
+            persistent = original.state_dict(keep_vars=True)
+            for name, tensor in persistent.items():
+                setattr(
+                    self, name, tensor if isinstance(tensor, nn.Parameter) else nn.Buffer(tensor)
+                )
+        for label in self.rotations:
+            frequencies, scaling = self.rotations[label].within()
+            name = _key(label, "inv_freq")
+            self.register_buffer(name, frequencies.to(device), persistent=name in persistent)
+            setattr(self, _key(label, "attention_scaling"), scaling)
+        # not registered as a submodule: nothing that walks the model should see it
+        self.__dict__["original"] = original
+
+    def forward(
+        self, x: Tensor, position_ids: Tensor | None = None, layer_type: str | None = None
+    ) -> Any:
+        """Return what the family's rotary embedding returns, computed with the plan.
+
+        Args:
+            x: Gives the dtype and device of the result.
+            position_ids: ``(batch, seq)``, or ``(axes, batch, seq)`` for M-RoPE.
+            layer_type: Key of the layer type, in families that distinguish.
+        """
+        original = self.__dict__["original"]
+        label = layer_type if layer_type in self.rotations else None
+        arguments = (x, position_ids) if layer_type is None else (x, position_ids, layer_type)
+        if label not in self.rotations:
+            return original(*arguments)
+        frequencies, scaling = self.plan(label, position_ids)
+        turning = self.rotations[label].turning
+        if turning is None:
+            return self.laid_out(label, frequencies, scaling, *arguments)
+        assert position_ids is not None  # families with several axes always give them
+        # angles for frequencies, at position 1: the family's code is left with the rest
+        order = self.rotations[label].pair_order
+        angles = turning.angles(position_ids, frequencies.to(position_ids.device), order)
+        still = torch.ones_like(position_ids)
+        if not turning.per_head:
+            return self.laid_out(label, angles, scaling, x, still, *arguments[2:])
+        by_axis = [self.laid_out(label, one, scaling, x, still, *arguments[2:]) for one in angles]
+        return PerHead.of(by_axis, turning.rows)
+
+    def laid_out(
+        self, label: str | None, frequencies: Tensor, scaling: Scale, *arguments: Any
+    ) -> Any:
+        """Return what the family's own code makes of frequencies and the arguments of `forward`."""
+        original = self.__dict__["original"]
+        stand_in = _StandIn(original, self, label, frequencies, scaling)
+        return type(original).forward(stand_in, *arguments)
+
+    def plan(self, label: str | None, position_ids: Tensor | None) -> tuple[Tensor, Scale]:
+        """Return frequencies and scaling for these positions.
+
+        Returns:
+            ``(pairs,)`` and a number; for a length-dependent method ``(batch, 1, pairs)`` and a
+            number or ``(batch, 1, 1)``.
+        """
+        rotation = self.rotations[label]
+        if not rotation.method.length_dependent or position_ids is None:
+            return self._within(label)
+        if rotation.policy.compat is not None:
+            return rotation.at(self._stock_length(rotation, position_ids), *self._within(label))
+        call = RUNNING.call
+        if call is None:
+            return rotation.at(row_lengths(position_ids), *self._within(label))
+        lengths = call.note(position_ids)
+        known, key = call.plan.frequencies, f"{self.path} {label}"
+        if key not in known:
+            known[key] = rotation.at(lengths, *self._within(label))
+        return known[key]
+
+    def names(self) -> dict[str, str | None]:
+        """Return the names of its sets of frequencies in a plan, with their layer types."""
+        return {f"{self.path} {label}": label for label in self.rotations}
+
+    def frequencies_at(self, key: str, lengths: Tensor) -> tuple[Tensor, Scale]:
+        """Return frequencies and scaling by name for rows of these lengths, ``(batch, 1, 1)``."""
+        label = self.names()[key]
+        return self.rotations[label].at(lengths, *self._within(label))
+
+    def _within(self, label: str | None) -> tuple[Tensor, float]:
+        return getattr(self, _key(label, "inv_freq")), getattr(
+            self, _key(label, "attention_scaling")
+        )
+
+    def _stock_length(self, rotation: Rotation, position_ids: Tensor) -> Tensor:
+        """Return the one length that stock transformers would go by, ``(1, 1, 1)``.
+
+        Its ``dynamic`` keeps the longest one seen until a call is shorter than the trained length;
+        its ``longrope`` looks at the call alone.
+        """
+        length = row_lengths(position_ids).amax(dim=0, keepdim=True)
+        if rotation.method.name == "longrope":
+            return length
+        trained = rotation.geometry.original_max_position_embeddings
+        kept = length if self.stock_length is None else self.stock_length.to(length.device)
+        kept = torch.where(length < trained, length, torch.maximum(length, kept))
+        self.stock_length = kept
+        return kept
+
+    @contextmanager
+    def poisoned(self) -> Iterator[None]:
+        """Make the frequencies NaN for the duration of a ``with`` block."""
+        names = [_key(label, "inv_freq") for label in self.rotations]
+        sound = {name: getattr(self, name) for name in names}
+        try:
+            for name in names:
+                setattr(self, name, torch.full_like(sound[name], torch.nan))
+            yield
+        finally:
+            for name in names:
+                setattr(self, name, sound[name])
+
+    def restored(self) -> nn.Module | Tensor:
+        """Return the original, with what was loaded, moved or trained meanwhile."""
+        original = self.__dict__["original"]
+        if isinstance(original, nn.Module):
+            for name in original.state_dict():
+                if not name.endswith("inv_freq"):
+                    setattr(original, name, getattr(self, name))
+        return original  # type: ignore[no-any-return]
+
+    def __getattr__(self, name: str) -> Any:
+        """Look the rest up in the original: some models read attributes of their rotary module."""
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            # private names are hooks and bookkeeping of the module itself
+            if name.startswith("_") or "original" not in self.__dict__:
+                raise
+            return getattr(self.__dict__["original"], name)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "ExtendedRotary":
+        before = {label: getattr(self, _key(label, "inv_freq")) for label in self.rotations}
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        for label, buffer in before.items():
+            name = _key(label, "inv_freq")
+            moved = getattr(self, name)
+            if moved is not buffer:
+                # whatever fn made of the values (a cast, garbage): only the device is its to say
+                setattr(self, name, self.rotations[label].within()[0].to(moved.device))
+        device = _device(self)
+        original = self.__dict__["original"]
+        if device.type == "meta":
+            return self
+        if isinstance(original, nn.Module):
+            for name, tensor in original._buffers.items():
+                original._buffers[name] = None if tensor is None else tensor.to(device)
+        else:
+            self.__dict__["original"] = original.to(device)
+        return self
+
+    def extra_repr(self) -> str:
+        """Name the method and the module it stands in for."""
+        methods = {repr(rotation.method) for rotation in self.rotations.values()}
+        return f"{', '.join(methods)}, in place of {type(self.__dict__['original']).__name__}"
+
+
+class _StandIn:
+    """What a rotary module's forward takes for ``self``: the plan in front, the original behind."""
+
+    def __init__(
+        self,
+        original: nn.Module,
+        extended: ExtendedRotary,
+        label: str | None,
+        frequencies: Tensor,
+        scaling: Scale,
+    ) -> None:
+        self.__dict__["original"] = original
+        self.__dict__["extended"] = extended
+        setattr(self, _key(label, "inv_freq"), frequencies)
+        setattr(self, _key(label, "attention_scaling"), scaling)
+        # of the types, only this one leaves what it is given alone
+        self.rope_type = "default" if label is None else {label: "default"}
+        if extended.reads_config:
+            self.config = SimpleNamespace(rope_parameters={"rope_type": "default"})
+            self.rope_init_fn = lambda config: (frequencies, scaling)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.__dict__["extended"], name)
+
+
+def _key(label: str | None, name: str) -> str:
+    """Return the attribute in which families keep ``name`` for a layer type."""
+    return name if label is None else f"{label}_{name}"
+
+
+def _device(holder: nn.Module | Tensor) -> torch.device:
+    if isinstance(holder, Tensor):
+        return holder.device
+    tensors = [*holder.buffers(recurse=False), *holder.parameters(recurse=False)]
+    return tensors[0].device

@@ -1,0 +1,1 @@
+"""What a patched model leaves on disk, and how it comes back."""

@@ -1,0 +1,269 @@
+"""Say a patch in the words of other engines: a config to save, or flags to start them with.
+
+The forms were read in the engines' own sources (vLLM 07b12f1, SGLang 108c36c, llama.cpp); those of
+transformers are tested against it, and llama.cpp's none, linear, ntk and yarn were compared on
+logits. Where an engine computes something else, a note says so.
+"""
+
+import json
+import shlex
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from hf_rope_ext.errors import ExportError
+from hf_rope_ext.geometry import RopeGeometry
+from hf_rope_ext.methods import NTK, Base, Linear, Method, NoScaling, NTKByParts, Yarn
+from hf_rope_ext.models.family import Config
+from hf_rope_ext.models.rope_config import stock_attributes
+from hf_rope_ext.models.sites import RopeSite
+from hf_rope_ext.patching.resolve import Request, resolve
+from hf_rope_ext.rotary.installed import patch_of
+from hf_rope_ext.saving.loading import skeleton
+
+
+@dataclass(frozen=True)
+class Export:
+    """What `export` returns.
+
+    Args:
+        target: The engine.
+        config: Settings to change in the model's ``config.json``, nested as there; empty for
+            engines that do not read it.
+        flags: Command-line arguments for the engine; empty where the config is all.
+        notes: Where the engine computes something else, or needs something else.
+    """
+
+    target: str
+    config: dict[str, Any]
+    flags: tuple[str, ...]
+    notes: tuple[str, ...]
+
+    @property
+    def command_line(self) -> str:
+        """The flags as one shell-quoted string."""
+        return shlex.join(self.flags)
+
+
+def export(
+    model_or_config: nn.Module | Config,
+    to: str = "transformers",
+    *,
+    frozen: int | None = None,
+    method: str | Method = "none",
+    **arguments: Any,
+) -> Export:
+    """Return what makes another engine compute what a patched model computes.
+
+    Args:
+        model_or_config: A patched model; or an unpatched model or its config, with the ``method``
+            it is to be extended by.
+        to: ``"transformers"``, ``"vllm"``, ``"sglang"`` or ``"llama.cpp"``.
+        frozen: Of a length-dependent method, export the plan that a request of this many
+            positions gets, for every length.
+        method: As in `patch_model`, of an unpatched model.
+        **arguments: As in `patch_model`, of an unpatched model.
+
+    Raises:
+        ExportError: If the engine cannot express the method, or is not known.
+    """
+    if to not in TARGETS:
+        raise ExportError(f"unknown target {to!r}; known: {', '.join(TARGETS)}.")
+    model = model_or_config if isinstance(model_or_config, nn.Module) else None
+    patch = None if model is None else patch_of(model)
+    vision = None if model is None else patch_of(model, "vision")
+    if vision is not None or arguments.get("target", "text") != "text":
+        raise ExportError(
+            f"{to} has no words for the RoPE of a vision tower. Unpatch it, or save the model: "
+            f"stock transformers reads 'ntk' and 'base', and load_pretrained everything."
+        )
+    if patch is not None:
+        resolved = patch.resolved
+    else:
+        request = Request.of(method, **arguments)
+        resolved = resolve(request, skeleton(model_or_config) if model is None else model)
+    if not resolved.has_stock_form:
+        raise ExportError(
+            f"{to} has no form for mrope_layout and visual_positions; load the model with "
+            f"hf_rope_ext.load_pretrained."
+        )
+    site, used = resolved.sites[0], resolved.method
+    if frozen is not None:
+        used = used.frozen(site.geometry, frozen)
+    root = _root_config(model_or_config)
+    length = used.target_length(site.geometry) or site.config.max_position_embeddings
+    settings = _Settings(resolved.sites, used, resolved.temperature, length, root)
+    return TARGETS[to](settings)
+
+
+@dataclass(frozen=True)
+class _Settings:
+    """What every target needs."""
+
+    sites: list[RopeSite]
+    method: Method
+    temperature: str
+    length: int
+    root: Config
+
+    @property
+    def site(self) -> RopeSite:
+        """The first site; engines know one method for the whole text model."""
+        return self.sites[0]
+
+    def attributes(self, config: Config) -> dict[str, Any]:
+        """Return new attributes of one text config for stock transformers."""
+        own = [site for site in self.sites if site.config is config]
+        length = {"max_position_embeddings": self.length}
+        return {**length, **stock_attributes(own, self.method, self.temperature, length)}
+
+    def changes(self) -> dict[str, Any]:
+        """Return changes to config.json, nested as there."""
+        changes: dict[str, Any] = {}
+        for config in {id(site.config): site.config for site in self.sites}.values():
+            inner = changes
+            for name in _path_to(self.root, config):
+                inner = inner.setdefault(name, {})
+            inner.update(self.attributes(config))
+        return changes
+
+    def engine_changes(self, engine: str) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Return changes as vLLM and SGLang read them, and the ``rope_parameters`` among them.
+
+        Raises:
+            ExportError: If the engine computes something else.
+        """
+        changes = self.changes()
+        inner = changes
+        for name in _path_to(self.root, self.site.config):
+            inner = inner[name]
+        parameters = inner["rope_parameters"]
+        rope_type = parameters.get("rope_type", "nested by layer type")
+        if "mrope_section" in parameters and rope_type not in ("default", "yarn"):
+            raise ExportError(
+                f"{engine} applies mrope_section with rope_type 'default' and 'yarn' only, not "
+                f"with {rope_type!r}, which {self.method.name} needs."
+            )
+        if rope_type == "dynamic":
+            raise ExportError(
+                f"{engine}'s 'dynamic' is one static base, not transformers' dynamic; export the "
+                f"plan of one length with frozen=LENGTH."
+            )
+        inner["rope_parameters"] = parameters = _with_engine_temperature(parameters)
+        return changes, parameters
+
+
+def _transformers(settings: _Settings) -> Export:
+    return Export("transformers", settings.changes(), (), ())
+
+
+def _vllm(settings: _Settings) -> Export:
+    changes, parameters = settings.engine_changes("vLLM")
+    rope_type = parameters.get("rope_type")
+    notes = []
+    if rope_type == "proportional":
+        raise ExportError("vLLM does not know rope_type 'proportional'.")
+    if rope_type == "longrope":
+        notes.append("vLLM picks one of longrope's lists when it starts, by --max-model-len.")
+    if rope_type == "yarn" and "mrope_section" in parameters:
+        notes.append(
+            "vLLM computes YaRN's range of an M-RoPE model from 4 times the trained length; 4 "
+            "times beta_fast and beta_slow would undo it."
+        )
+    flags = ("--hf-overrides", json.dumps(changes), "--max-model-len", str(settings.length))
+    return Export("vllm", changes, flags, tuple(notes))
+
+
+def _sglang(settings: _Settings) -> Export:
+    changes, _ = settings.engine_changes("SGLang")
+    overrides = json.dumps(changes)
+    flags = ("--json-model-override-args", overrides, "--context-length", str(settings.length))
+    return Export("sglang", changes, flags, ())
+
+
+def _with_engine_temperature(parameters: dict[str, Any]) -> dict[str, Any]:
+    """Add the keys under which vLLM and SGLang read what transformers calls attention_factor."""
+    if parameters.get("rope_type") == "longrope":
+        scaling = parameters["attention_factor"]
+        return {**parameters, "short_mscale": scaling, "long_mscale": scaling}
+    if parameters.get("rope_type") == "yarn":
+        usual = float(Yarn(parameters["factor"]).temperature(parameters["factor"]))
+        share = parameters["attention_factor"] / usual
+        return parameters if share == 1.0 else {**parameters, "attn_factor": share}
+    return parameters
+
+
+def _llama_cpp(settings: _Settings) -> Export:
+    method, geometry = settings.method, settings.site.geometry
+    context = ("--ctx-size", str(settings.length))
+    parameters = method.rope_parameters(geometry) or {}
+    if geometry.rotated_pairs is not None and not isinstance(method, NoScaling):
+        raise ExportError("llama.cpp has no flags for a model whose slow pairs rest (p-RoPE).")
+    if isinstance(method, NoScaling):
+        return Export("llama.cpp", {}, context, ())
+    if isinstance(method, NTK | Base) and "rope_theta" in parameters:
+        base = repr(parameters["rope_theta"])
+        return Export("llama.cpp", {}, ("--rope-freq-base", base, *context), ())
+    if type(method) is Linear:
+        scale = repr(method.factor)
+        return Export(
+            "llama.cpp", {}, ("--rope-scaling", "linear", "--rope-scale", scale, *context), ()
+        )
+    if isinstance(method, NTKByParts) and not method.length_dependent:
+        ramp = (method.ramp, method.blend, method.truncate)
+        if ramp == ("index", "arithmetic", True):
+            return _llama_cpp_yarn(method, geometry, context)
+    raise ExportError(
+        f"llama.cpp has no flags for {method.name}. Save the model for transformers and convert "
+        f"it: the converter writes llama3's and longrope's factors into the file."
+    )
+
+
+def _llama_cpp_yarn(method: NTKByParts, geometry: RopeGeometry, context: tuple[str, ...]) -> Export:
+    temperature = float(method.plan(geometry).attention_scaling)
+    usual = float(Yarn(method.factor).temperature(method.factor))
+    flags = ["--rope-scaling", "yarn", "--rope-scale", repr(method.factor)]
+    flags += ["--yarn-orig-ctx", str(geometry.original_max_position_embeddings)]
+    notes = []
+    for flag, value, default in (
+        ("--yarn-beta-fast", method.beta_fast, 32.0),
+        ("--yarn-beta-slow", method.beta_slow, 1.0),
+        ("--yarn-attn-factor", temperature / usual, 1.0),
+    ):
+        if value != default:
+            flags += [flag, repr(value)]
+            notes.append(f"{flag} is from llama.cpp's source and was not compared on logits.")
+    return Export("llama.cpp", {}, (*flags, *context), tuple(notes))
+
+
+def _root_config(model_or_config: nn.Module | Config) -> Config:
+    from transformers import PreTrainedModel
+
+    if not isinstance(model_or_config, nn.Module):
+        return model_or_config
+    return next(
+        part.config for part in model_or_config.modules() if isinstance(part, PreTrainedModel)
+    )
+
+
+def _path_to(root: Config, config: Config) -> list[str]:
+    """Return the names that lead from a whole config to one inside it."""
+    if root is config:
+        return []
+    for name in getattr(root, "sub_configs", None) or {}:
+        inner = getattr(root, name, None)
+        if inner is config:
+            return [name]
+        if inner is not None and (rest := _path_to(inner, config)):
+            return [name, *rest]
+    return []
+
+
+TARGETS: dict[str, Callable[[_Settings], Export]] = {
+    "transformers": _transformers,
+    "vllm": _vllm,
+    "sglang": _sglang,
+    "llama.cpp": _llama_cpp,
+}
