@@ -69,8 +69,9 @@ def require_number(
     Raises:
         RopeError: If it is not (``error``).
     """
-    if isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value):
-        if least <= value <= most and above < value < below:
+    if isinstance(value, Real) and not isinstance(value, bool):
+        number = float(value)
+        if math.isfinite(number) and least <= number <= most and above < number < below:
             return
     words = {"at least": least, "greater than": above, "at most": most, "less than": below}
     bounds = [f"{word} {bound:g}" for word, bound in words.items() if math.isfinite(bound)]

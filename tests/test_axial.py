@@ -336,7 +336,7 @@ def test_other_methods_that_follow_lengths_equal_their_frozen_form(method):
     x = draw(1, 1, len(GRID), 24)
     rope = AxialRope(24, 2, **lengths, method=method)
     frozen = tuple(
-        one.frozen(rope.geometry(axis), (5, 7)[axis]) for axis, one in enumerate(rope.methods)
+        one.freeze(rope.geometry(axis), (5, 7)[axis]) for axis, one in enumerate(rope.methods)
     )
 
     found = rope.rotate(x, GRID)

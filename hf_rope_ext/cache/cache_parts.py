@@ -5,12 +5,12 @@ from typing import Any
 CACHES = ("past_key_values", "cache_params")
 
 
-def _own(cache: Any) -> Any:
+def self_attention_cache(cache: Any) -> Any:
     """Return the part of a cache that self-attention fills."""
     return getattr(cache, "self_attention_cache", cache)
 
 
-def _fixed_size(cache: Any) -> int | None:
+def fixed_size(cache: Any) -> int | None:
     """Return the tokens a cache of fixed size has room for, None for one that grows."""
     from transformers.cache_utils import StaticLayer
 
@@ -18,7 +18,7 @@ def _fixed_size(cache: Any) -> int | None:
     return max(sizes, default=None)
 
 
-def _cache_of(output: Any) -> Any:
+def output_cache(output: Any) -> Any:
     """Return the cache in a model's output, None where there is none."""
     from transformers import Cache
 

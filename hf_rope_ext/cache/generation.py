@@ -7,13 +7,13 @@ from typing import Any
 
 from torch import nn
 
-from hf_rope_ext.cache.cache_parts import CACHES, _own
+from hf_rope_ext.cache.cache_parts import CACHES, self_attention_cache
 from hf_rope_ext.cache.hooks import HOOKS, AfterForward, BeforeForward, remove_hooks
 from hf_rope_ext.cache.planner import Planner
 from hf_rope_ext.errors import RopeError, UnsupportedModelError
 from hf_rope_ext.models.find import innermost_models
 from hf_rope_ext.rotary.extended import ExtendedRotary
-from hf_rope_ext.rotary.request_plan import RUNNING, Generation, Plan, plan_of
+from hf_rope_ext.rotary.request_plan import RUNNING, CachePlan, Generation, plan_of
 
 PREPARES = "_prepare_cache_for_generation"
 
@@ -138,7 +138,7 @@ def _prepare(config: Any, model_kwargs: Mapping[str, Any], max_cache_length: int
     if plan is None:
         return
     (cache,) = caches
-    seen = int(_own(cache).get_seq_length())
+    seen = int(self_attention_cache(cache).get_seq_length())
     # as transformers tells whether it was given the whole text or what is new of it
     tokens = getattr(config, "_mask_length", -1) if mask is None else mask.shape[1]
     whole = model_kwargs.get("inputs_embeds") is not None or (
@@ -153,7 +153,7 @@ def _prepare(config: Any, model_kwargs: Mapping[str, Any], max_cache_length: int
         cache.hf_rope_ext_plan = None
 
 
-def _can_refill(plan: Plan, model_kwargs: Mapping[str, Any]) -> bool:
+def _can_refill(plan: CachePlan, model_kwargs: Mapping[str, Any]) -> bool:
     """Return whether a cache can be filled again: not where its images are not there any more."""
     given = any(
         name.startswith("pixel_values") and model_kwargs[name] is not None for name in model_kwargs

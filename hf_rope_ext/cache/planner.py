@@ -12,11 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hf_rope_ext.cache.cache_parts import CACHES, _cache_of, _fixed_size, _own
-from hf_rope_ext.cache.rerotation import KeyLayout, axes, read_layout, turn_keys
+from hf_rope_ext.cache.cache_parts import CACHES, fixed_size, output_cache, self_attention_cache
+from hf_rope_ext.cache.rerotation import KeyLayout, position_axes, read_layout, turn_keys
 from hf_rope_ext.errors import RopeError
 from hf_rope_ext.rotary.extended import ExtendedRotary
-from hf_rope_ext.rotary.request_plan import RUNNING, Call, Plan, plan_of, row_lengths
+from hf_rope_ext.rotary.request_plan import RUNNING, CachePlan, Call, plan_of, row_lengths
 
 
 class Planner:
@@ -33,7 +33,7 @@ class Planner:
         self.policy = rotation.policy
         self.method = repr(rotation.method)
         self.trained = rotation.geometry.original_max_position_embeddings
-        self.axes = max(map(axes, rotaries))
+        self.axes = max(map(position_axes, rotaries))
         self.parameters = tuple(inspect.signature(model.forward).parameters)
         self.cache_name = next((name for name in CACHES if name in self.parameters), None)
         self.layout: KeyLayout | None = None
@@ -64,7 +64,7 @@ class Planner:
         RUNNING.call = call.outer
         if output is None or call.plan.lengths is None:
             return
-        cache = _cache_of(output)
+        cache = output_cache(output)
         if cache is not None and plan_of(cache) is None:
             cache.hf_rope_ext_plan = call.plan
         report = self.policy.on_plan
@@ -78,7 +78,7 @@ class Planner:
         limit = generation.max_length if generation is not None else None
         if cache is None:
             return self._first(None, tokens, limit)
-        seen = _own(cache).get_seq_length()
+        seen = self_attention_cache(cache).get_seq_length()
         plan = plan_of(cache)
         if isinstance(seen, Tensor):  # a cache of fixed size, which cannot outgrow its plan
             if plan is None or plan.lengths is None:
@@ -116,7 +116,7 @@ class Planner:
             self._grow(model, cache, plan, seen + tokens, limit, beyond)
         return Call(plan, seen=seen, records=plan.positions is not None, is_new=grows)
 
-    def _beyond(self, plan: Plan, positions: Tensor | None, left: int) -> Tensor | None:
+    def _beyond(self, plan: CachePlan, positions: Tensor | None, left: int) -> Tensor | None:
         """Return the lengths of rows whose positions go beyond the plan, None where none do.
 
         A video can take more positions than tokens. A single token continues from those before it,
@@ -137,9 +137,9 @@ class Planner:
 
     def _first(self, cache: Any, tokens: int, limit: int | None) -> Call:
         """Return the call that makes a plan."""
-        size = None if cache is None or limit else _fixed_size(_own(cache))
+        size = None if cache is None or limit else fixed_size(self_attention_cache(cache))
         capacity = max(size or limit or 0, tokens)
-        plan = Plan(self.method, self.trained, self.policy, capacity)
+        plan = CachePlan(self.method, self.trained, self.policy, capacity)
         if cache is not None:
             cache.hf_rope_ext_plan = plan
         grows = self.policy.on_growth == "rerotate" and size is None
@@ -149,7 +149,7 @@ class Planner:
         self,
         model: nn.Module,
         cache: Any,
-        plan: Plan,
+        plan: CachePlan,
         needed: int,
         limit: int | None,
         beyond: Tensor | None,
@@ -164,8 +164,8 @@ class Planner:
             )
         assert plan.lengths is not None
         if plan.positions is not None:  # the cache may have been cut back
-            plan.positions = plan.positions[..., : _own(cache).get_seq_length()]
-        capacity = max(limit, needed) if limit else plan.policy.grown(needed, self.trained)
+            plan.positions = plan.positions[..., : self_attention_cache(cache).get_seq_length()]
+        capacity = max(limit, needed) if limit else plan.policy.grow(needed, self.trained)
         capacity = max(capacity, plan.capacity)
         lengths = (plan.lengths if beyond is None else beyond) + (capacity - plan.capacity)
         frequencies = {
@@ -177,7 +177,7 @@ class Planner:
         if bool((lengths > self.trained).any()):  # up to there all plans are the same
             if self.layout is None:
                 self.layout = read_layout(model, self.rotaries)
-            turn_keys(_own(cache), self.layout, plan, frequencies)
+            turn_keys(self_attention_cache(cache), self.layout, plan, frequencies)
         plan.frequencies, plan.lengths, plan.capacity = frequencies, lengths, capacity
 
 

@@ -1,6 +1,6 @@
 """Turn cached keys from one plan's angles to another's.
 
-A cached key is ``R(position * inv_freq) k``, so turning it by the difference of two plans' angles
+A cached key is ``R(position * inv_freq) k``, so rotation it by the difference of two plans' angles
 moves it from one to the other. Which two coordinates of a key turn together, with which sign, at
 which frequency, by which axis of the position, and whether the temperature is in them, differs
 between families; here it is read off the model itself, from keys of single tokens computed under
@@ -20,7 +20,7 @@ from hf_rope_ext.errors import RopeError
 from hf_rope_ext.geometry import Scale
 from hf_rope_ext.models.smallest_call import arguments_for
 from hf_rope_ext.rotary.extended import ExtendedRotary
-from hf_rope_ext.rotary.request_plan import RUNNING, Call, LengthPolicy, Plan
+from hf_rope_ext.rotary.request_plan import RUNNING, CachePlan, Call, RequestPolicy
 
 SAMPLES = 16
 """Single tokens looked at; so many numbers that no two coordinates agree by chance."""
@@ -29,7 +29,7 @@ PARTS = ("keys", "values")
 
 
 @dataclass(frozen=True, eq=False)
-class Turning:
+class KeyRotation:
     """How one tensor of one cache layer turns, per coordinate of its last dimension.
 
     Args:
@@ -56,11 +56,11 @@ class Turning:
         return bool((self.axis[self.partner] != self.axis)[self.turns].any())
 
 
-KeyLayout = Mapping[tuple[int, str], Turning]
+KeyLayout = Mapping[tuple[int, str], KeyRotation]
 """By cache layer and part; tensors that do not turn are left out."""
 
 
-def axes(rotary: ExtendedRotary) -> int:
+def position_axes(rotary: ExtendedRotary) -> int:
     """Return how many axes the positions of a rotary embedding have."""
     section = getattr(rotary, "mrope_section", None)
     if isinstance(section, dict):  # by layer type
@@ -69,7 +69,7 @@ def axes(rotary: ExtendedRotary) -> int:
 
 
 def turn_keys(
-    cache: Any, layout: KeyLayout, plan: Plan, frequencies: Mapping[str, tuple[Tensor, Scale]]
+    cache: Any, layout: KeyLayout, plan: CachePlan, frequencies: Mapping[str, tuple[Tensor, Scale]]
 ) -> None:
     """Turn what a cache holds, in float32, from a plan's frequencies to others.
 
@@ -89,31 +89,33 @@ def turn_keys(
                 f"plan; nothing was changed. Run the loop in `planned(max_length)`."
             )
     assert plan.positions is not None
-    mixed = any(turning.mixes_axes() for turning in layout.values())
+    mixed = any(rotation.mixes_axes() for rotation in layout.values())
     if mixed and bool((plan.positions != plan.positions[:1]).any()):
         raise RopeError(
             "the two coordinates of a pair turn by different axes of an image's position here, "
             "which cannot be turned to a longer plan; nothing was changed. Run the loop in "
             "`planned(max_length)`."
         )
-    for (index, part), turning in layout.items():
+    for (index, part), rotation in layout.items():
         held = getattr(cache.layers[index], part)
         setattr(
             cache.layers[index],
             part,
-            _turned(held, turning, plan, *_difference(turning.key, plan, frequencies)),
+            _turn(held, rotation, plan, *_difference(rotation.key, plan, frequencies)),
         )
 
 
 def _difference(
-    key: str, plan: Plan, frequencies: Mapping[str, tuple[Tensor, Scale]]
+    key: str, plan: CachePlan, frequencies: Mapping[str, tuple[Tensor, Scale]]
 ) -> tuple[Tensor, Scale]:
     old, old_scaling = plan.frequencies[key]
     new, scaling = frequencies[key]
     return new.double() - old.double(), scaling / old_scaling
 
 
-def _turned(held: Tensor, turning: Turning, plan: Plan, step: Tensor, ratio: Scale) -> Tensor:
+def _turn(
+    held: Tensor, rotation: KeyRotation, plan: CachePlan, step: Tensor, ratio: Scale
+) -> Tensor:
     """Return a cached tensor, ``(batch, heads, seq, width)``, turned by ``step`` per position."""
     assert plan.positions is not None
     device = held.device
@@ -121,17 +123,17 @@ def _turned(held: Tensor, turning: Turning, plan: Plan, step: Tensor, ratio: Sca
     positions = plan.positions[..., -held.shape[-2] :].to(device, torch.float64)
     if positions.ndim == 2:
         positions = positions[None]
-    per_pair = step.to(device).reshape(-1, 1, step.shape[-1])[..., turning.pair.to(device)]
-    along = positions[turning.axis.to(device)].movedim(0, -1)
+    per_pair = step.to(device).reshape(-1, 1, step.shape[-1])[..., rotation.pair.to(device)]
+    along = positions[rotation.axis.to(device)].movedim(0, -1)
     angles = (along * per_pair)[:, None]
     cos, sin = angles.cos().float(), angles.sin().float()
     numbers = held.float()
     turned = (
-        cos * numbers + sin * turning.gain.to(device) * numbers[..., turning.partner.to(device)]
+        cos * numbers + sin * rotation.gain.to(device) * numbers[..., rotation.partner.to(device)]
     )
-    if turning.is_scaled:
+    if rotation.is_scaled:
         turned = turned * (ratio[..., None].to(device) if isinstance(ratio, Tensor) else ratio)
-    return torch.where(turning.turns.to(device), turned, numbers).to(held.dtype)
+    return torch.where(rotation.turns.to(device), turned, numbers).to(held.dtype)
 
 
 def read_layout(model: nn.Module, rotaries: list[ExtendedRotary]) -> KeyLayout:
@@ -145,7 +147,7 @@ def read_layout(model: nn.Module, rotaries: list[ExtendedRotary]) -> KeyLayout:
         RopeError: If its keys do not behave like rotated keys.
     """
     if any(
-        rotation.turning is not None and rotation.turning.per_head
+        rotation.layout is not None and rotation.layout.per_head
         for rotary in rotaries
         for rotation in rotary.rotations.values()
     ):
@@ -154,11 +156,11 @@ def read_layout(model: nn.Module, rotaries: list[ExtendedRotary]) -> KeyLayout:
             "the loop in `planned(max_length)`."
         )
     reader = _Reader(model, rotaries)
-    found: dict[tuple[int, str], Turning] = {}
+    found: dict[tuple[int, str], KeyRotation] = {}
     try:
         for rotary in rotaries:
             for key, label in rotary.names().items():
-                found.update(reader.turnings(key, rotary.rotations[label].geometry.pairs))
+                found.update(reader.rotations_of(key, rotary.rotations[label].geometry.pairs))
     except RopeError:
         raise
     except Exception as error:
@@ -179,10 +181,10 @@ class _Reader:
         self.model = model
         self.rotaries = rotaries
         self.device = next(rotaries[0].buffers()).device
-        self.axes = max(map(axes, rotaries))
+        self.axes = max(map(position_axes, rotaries))
         self.raw = self._run({})
 
-    def turnings(self, key: str, pairs: int) -> dict[tuple[int, str], Turning]:
+    def rotations_of(self, key: str, pairs: int) -> dict[tuple[int, str], KeyRotation]:
         """Return how everything turns that one rotary embedding and layer type turns."""
         quarter = torch.full((pairs,), math.pi / 2)
         turned = self._run({key: quarter})
@@ -207,13 +209,13 @@ class _Reader:
                 axis[name][_nearer(state[name], turned[name], self.raw[name])] = number
         doubled = self._run({key: quarter}, scaling=2.0)
         return {
-            name: self._turning(
+            name: self._key_rotation(
                 key, moved, turned[name], self.raw[name], index[name], axis[name], doubled[name]
             )
             for name, moved in found.items()
         }
 
-    def _turning(
+    def _key_rotation(
         self,
         key: str,
         moved: Tensor,
@@ -222,7 +224,7 @@ class _Reader:
         pair: Tensor,
         axis: Tensor,
         doubled: Tensor,
-    ) -> Turning:
+    ) -> KeyRotation:
         """Return how one tensor turns; ``turned`` and ``raw`` are ``(samples, width)``."""
         norms = raw.norm(dim=0).clamp(min=1e-30)
         likeness = (turned.T @ raw) / (turned.norm(dim=0).clamp(min=1e-30)[:, None] * norms)
@@ -237,7 +239,7 @@ class _Reader:
                 f"cannot be turned to a longer plan; run the loop in `planned(max_length)`."
             )
         grew = doubled[:, moved].norm() / turned[:, moved].norm().clamp(min=1e-30)
-        return Turning(key, moved, partner, gain, pair, axis, bool(grew > 1.5))
+        return KeyRotation(key, moved, partner, gain, pair, axis, bool(grew > 1.5))
 
     def _run(
         self, angles: Mapping[str, Tensor], scaling: float = 1.0, axis: int | None = None
@@ -245,7 +247,7 @@ class _Reader:
         """Return all that is cached for the tokens, ``(samples, width)``, float32, on the CPU."""
         from transformers import DynamicCache
 
-        plan = Plan("", 1, LengthPolicy(), 1)
+        plan = CachePlan("", 1, RequestPolicy(), 1)
         for rotary in self.rotaries:
             for key, label in rotary.names().items():
                 rest = torch.zeros(rotary.rotations[label].geometry.pairs)

@@ -38,7 +38,7 @@ def merge_adapter(
     patch = patch_of(model)
     if patch is not None and frozen is not None:
         first = patch.resolved.sites[0].geometry
-        method = patch.resolved.method.frozen(first, frozen)
+        method = patch.resolved.method.freeze(first, frozen)
         patch_model(
             model,
             method,

@@ -38,7 +38,7 @@ class ClampedScale(Stretched):
         trained = geometry.original_max_position_embeddings
         return self.stretch(geometry, torch.clamp(length / trained, 1.0, self.factor))
 
-    def frozen(self, geometry: RopeGeometry, length: int) -> Method:
+    def freeze(self, geometry: RopeGeometry, length: int) -> Method:
         """Return the static method with the plan a request of ``length`` gets."""
         scale = length / geometry.original_max_position_embeddings
         knobs = {field.name: getattr(self, field.name) for field in fields(self.static)}

@@ -39,7 +39,7 @@ class Dynamic(NTK):
         ratio = torch.clamp(length / geometry.original_max_position_embeddings, min=1.0)
         return self.stretch(geometry, self.factor * ratio - (self.factor - 1))
 
-    def frozen(self, geometry: RopeGeometry, length: int) -> Method:
+    def freeze(self, geometry: RopeGeometry, length: int) -> Method:
         """Return static NTK-aware scaling as a request of ``length`` gets it."""
         ratio = max(length / geometry.original_max_position_embeddings, 1.0)
         return NTK(self.factor * ratio - (self.factor - 1))

@@ -64,7 +64,7 @@ class LongRope(Method):
             geometry, torch.where(beyond, long, self._slowdown(geometry, "short_factor"))
         )
 
-    def frozen(self, geometry: RopeGeometry, length: int) -> "LongRope":
+    def freeze(self, geometry: RopeGeometry, length: int) -> "LongRope":
         """Return the plan a request of ``length`` gets, at every length."""
         beyond = length > geometry.original_max_position_embeddings
         slowdown = self._slowdown(geometry, "long_factor" if beyond else "short_factor").tolist()

@@ -38,7 +38,7 @@ class Method(abc.ABC):
         """
         raise NotImplementedError(f"{self.name} does not depend on the length")
 
-    def frozen(self, geometry: RopeGeometry, length: int) -> "Method":
+    def freeze(self, geometry: RopeGeometry, length: int) -> "Method":
         """Return the static method with the plan a request of ``length`` gets."""
         return self
 
@@ -108,9 +108,9 @@ class Modifier(Method):
         planned = self.method.plan_at(geometry, length)
         return replace(planned, inv_freq=self.modify(geometry, planned.inv_freq))
 
-    def frozen(self, geometry: RopeGeometry, length: int) -> Method:
+    def freeze(self, geometry: RopeGeometry, length: int) -> Method:
         """Return the same rule over the frozen method."""
-        return replace(self, method=self.method.frozen(geometry, length))  # type: ignore[type-var]
+        return replace(self, method=self.method.freeze(geometry, length))  # type: ignore[type-var]
 
     def target_length(self, geometry: RopeGeometry) -> int | None:
         """Return the modified method's target."""

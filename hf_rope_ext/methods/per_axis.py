@@ -53,11 +53,11 @@ class PerAxis(Method):
         Raises:
             MethodParameterError: If positions have one axis.
         """
-        return self._joined(geometry, lambda method: method.plan(geometry))
+        return self._join(geometry, lambda method: method.plan(geometry))
 
     def plan_at(self, geometry: RopeGeometry, length: Tensor) -> FrequencyPlan:
         """Return each axis's plan for requests that long, over all axes."""
-        return self._joined(
+        return self._join(
             geometry,
             lambda method: (
                 method.plan_at(geometry, length)
@@ -66,16 +66,16 @@ class PerAxis(Method):
             ),
         )
 
-    def frozen(self, geometry: RopeGeometry, length: int) -> Method:
+    def freeze(self, geometry: RopeGeometry, length: int) -> Method:
         """Return the same over frozen methods."""
-        return PerAxis(tuple((axis, one.frozen(geometry, length)) for axis, one in self.methods))
+        return PerAxis(tuple((axis, one.freeze(geometry, length)) for axis, one in self.methods))
 
     def target_length(self, geometry: RopeGeometry) -> int | None:
         """Return the longest target of any axis."""
         targets = [method.target_length(geometry) for _, method in self.methods]
         return max((target for target in targets if target is not None), default=None)
 
-    def along(self, geometry: RopeGeometry) -> Method:
+    def for_axes(self, geometry: RopeGeometry) -> Method:
         """Return the one method of all the axes there are, or itself where they differ.
 
         Raises:
@@ -92,7 +92,7 @@ class PerAxis(Method):
         used = {own.get(axis, NoScaling()) for axis in known}
         return used.pop() if len(used) == 1 else self
 
-    def _joined(
+    def _join(
         self, geometry: RopeGeometry, planned: Callable[[Method], FrequencyPlan]
     ) -> FrequencyPlan:
         _require_axes(self, geometry)

@@ -88,7 +88,7 @@ def config_changes(
             attributes["max_position_embeddings"] = length or before
             unscaled["max_position_embeddings"] = before
         if setting(config, "rope_parameters"):
-            attributes |= written(own, method, temperature, attributes, has_stock_form)
+            attributes |= rope_parameters_for(own, method, temperature, attributes, has_stock_form)
             unscaled["rope_parameters"] = _nested(
                 own, {site.label: unscaled_parameters(site) for site in own}
             )
@@ -104,7 +104,7 @@ def config_changes(
     return changes
 
 
-def written(
+def rope_parameters_for(
     sites: Sequence[RopeSite],
     method: Method,
     temperature: str,

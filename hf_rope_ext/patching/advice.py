@@ -5,7 +5,7 @@ import math
 from hf_rope_ext.methods import Method
 from hf_rope_ext.models.sites import RopeSite, window
 from hf_rope_ext.models.temperature import effective_logit_factor
-from hf_rope_ext.rotary.axes import sections
+from hf_rope_ext.rotary.axes import mrope_section_of
 from hf_rope_ext.rotary.installed import Resolved
 
 
@@ -38,7 +38,7 @@ def advice(resolved: Resolved) -> list[str]:
 
 def _temperature_advice(site: RopeSite, resolved: Resolved) -> str | None:
     target = resolved.method.target_length(site.geometry)
-    longest = resolved.method.frozen(site.geometry, target) if target else resolved.method
+    longest = resolved.method.freeze(site.geometry, target) if target else resolved.method
     scaling = float(longest.plan(site.geometry).attention_scaling)
     intended, effective = scaling**2, effective_logit_factor(site, scaling)
     if resolved.temperature == "logits" or math.isclose(intended, effective):
@@ -71,7 +71,7 @@ def _dropped_key_advice(site: RopeSite) -> str | None:
 
 
 def _section_advice(site: RopeSite) -> str | None:
-    own, pairs = sections(site.rotary, site.label), site.geometry.pairs
+    own, pairs = mrope_section_of(site.rotary, site.label), site.geometry.pairs
     if not own or sum(own) == pairs:
         return None
     return (

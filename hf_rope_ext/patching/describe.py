@@ -244,8 +244,8 @@ def _patched(
     live, scaling = module.plan(
         site.label, torch.tensor([[length - 1]], device=next(module.buffers()).device)
     )
-    frozen = method.frozen(geometry, length)
-    expected, intended = replace(rotation, method=frozen, scales_rotation=True).within()
+    frozen = method.freeze(geometry, length)
+    expected, intended = replace(rotation, method=frozen, scales_rotation=True).trained_plan()
     sound = _matches(live.squeeze(), expected)
     in_logits = resolved.temperature == "logits"
     effective = intended**2 if in_logits else effective_logit_factor(site, float(scaling))

@@ -24,14 +24,14 @@ from hf_rope_ext.models.family import Config
 from hf_rope_ext.patching import placed_index as visual
 from hf_rope_ext.patching.advice import advice
 from hf_rope_ext.patching.probe import probe_attention, probe_rotary, probe_towers
-from hf_rope_ext.patching.resolve import TARGETS, Request, resolve
+from hf_rope_ext.patching.resolve import TARGETS, PatchArguments, resolve
 from hf_rope_ext.positions.layouts import MRopeLayout
 from hf_rope_ext.positions.placement import VisualPositions
 from hf_rope_ext.rotary.extended import ExtendedRotary
 from hf_rope_ext.rotary.extended_table import ExtendedTable
 from hf_rope_ext.rotary.installed import ConfigBefore, Patch, Resolved, patch_of
 from hf_rope_ext.rotary.request_plan import RequestPlan
-from hf_rope_ext.rotary.vision_towers import patches_for
+from hf_rope_ext.rotary.vision_towers import smallest_images
 
 
 def patch_model(
@@ -112,7 +112,7 @@ def patch_model(
             f"the {part} already patched with {previous.resolved.method!r}; nothing was changed. "
             f"Call unpatch_model first, or pass replace=True."
         )
-    request = Request(
+    arguments = PatchArguments(
         method=method,
         knobs=method_knobs,
         factor=factor,
@@ -131,12 +131,12 @@ def patch_model(
         target=target,
     )
     with _unchanged_on_error(model, previous, target):
-        resolved = resolve(request, model)
+        resolved = resolve(arguments, model)
         _require_loaded(resolved)
         rotaries = _install(model, resolved)
         if probe and target == "vision":
             probe_towers(resolved.sites, rotaries)
-            probe_attention(model, rotaries, patches_for)
+            probe_attention(model, rotaries, smallest_images)
         elif probe:
             probe_rotary(rotaries)
             probe_attention(model, rotaries)
@@ -246,7 +246,7 @@ def _uninstall(model: nn.Module, patch: Patch) -> Callable[[], None]:
     plans = text and caching.is_installed(model)
     extended = [part for part in model.modules() if isinstance(part, ExtendedRotary)]
     for module in [part for part in extended if part.patch is patch]:
-        original = module.restored()
+        original = module.take_original()
         for parent, name in _places(model, module):
             removed.append((parent, name, module))
             if isinstance(original, Tensor):

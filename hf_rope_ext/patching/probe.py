@@ -17,7 +17,7 @@ from hf_rope_ext.rotary.extended import ExtendedRotary
 from hf_rope_ext.rotary.extended_table import ExtendedTable
 from hf_rope_ext.rotary.request_plan import RUNNING
 from hf_rope_ext.rotary.rotation import Rotation
-from hf_rope_ext.rotary.vision_towers import shaped, tower_axes, used_pairs
+from hf_rope_ext.rotary.vision_towers import pairs_by_axis, shape_position, tower_axes
 
 
 class _ReachedError(Exception):
@@ -53,13 +53,13 @@ def probe_towers(sites: Iterable[RopeSite], rotaries: Mapping[str, ExtendedRotar
         frequencies, scaling = rotary.plan(None, None)
         method, trained = rotary.rotations[None].method, site.geometry
         last = (method.target_length(trained) or trained.original_max_position_embeddings) - 1
-        for axis, used in enumerate(used_pairs(site)):
+        for axis, used in enumerate(pairs_by_axis(site)):
             own = frequencies[axis] if frequencies.ndim == 2 else frequencies
             for position in {1, trained.original_max_position_embeddings, max(last, 1)}:
                 point = torch.zeros(len(tower_axes(site)), device=own.device)
                 point[axis] = position
                 expected = (position * own[used].double()).cos() * scaling
-                places = shaped(site.rotary.original, point)
+                places = shape_position(site.rotary.original, point)
                 cos, _ = rotary(torch.zeros(1, 1, 1, device=own.device), places)
                 _require_angles(site.path, rotary, position, expected, cos.flatten().double())
 
@@ -117,7 +117,7 @@ def _check_angles(path: str, rotary: ExtendedRotary, label: str | None, rotation
     for position in {1, trained - 1, trained, max(last, trained)}:
         position_ids = torch.tensor([[position]], device=next(rotary.buffers()).device)
         frequencies, scaling = rotary.plan(label, position_ids)
-        angles = position * rotation.used(frequencies).reshape(-1).double()
+        angles = position * rotation.drop_unused_axes(frequencies).reshape(-1).double()
         expected = (
             angles.cos() * scaling
             if isinstance(scaling, float)
@@ -157,7 +157,7 @@ def _values(rotary: ExtendedRotary, label: str | None, position_ids: Tensor) -> 
 def _poisoned(rotaries: Iterable[ExtendedRotary]) -> Iterator[None]:
     with ExitStack() as stack:
         for rotary in rotaries:
-            stack.enter_context(rotary.poisoned())
+            stack.enter_context(rotary.poison_frequencies())
         yield
 
 

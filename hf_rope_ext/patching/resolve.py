@@ -30,18 +30,18 @@ from hf_rope_ext.models.rope_config import config_changes
 from hf_rope_ext.models.sites import RopeSite, read_sites
 from hf_rope_ext.models.temperature import softmax_changes
 from hf_rope_ext.patching.placed_index import places_tokens
-from hf_rope_ext.positions.layouts import MRopeLayout, Turning
+from hf_rope_ext.positions.layouts import AppliedLayout, MRopeLayout
 from hf_rope_ext.positions.placement import LAYOUT_POSITIONS, VisualPositions
-from hf_rope_ext.rotary.axes import axis_names, with_axes
+from hf_rope_ext.rotary.axes import axis_names, read_axes
 from hf_rope_ext.rotary.installed import Resolved
-from hf_rope_ext.rotary.request_plan import LengthPolicy, RequestPlan
+from hf_rope_ext.rotary.request_plan import RequestPlan, RequestPolicy
 from hf_rope_ext.rotary.rotation import Rotation
 from hf_rope_ext.rotary.vision_towers import (
     AxialRotation,
-    named,
     read_towers,
     tower_axes,
     tower_changes,
+    with_axis_names,
 )
 
 TEMPERATURES = ("rotation", "logits")
@@ -60,7 +60,7 @@ TEXT_ARGUMENTS = (
 
 
 @dataclass(frozen=True)
-class Request:
+class PatchArguments:
     """The arguments of `patch_model`, as they were given; see there."""
 
     method: str | Method | Mapping[str, str | Method]
@@ -81,7 +81,7 @@ class Request:
     knobs: Mapping[str, Any] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, method: str | Method, **arguments: Any) -> "Request":
+    def from_keywords(cls, method: str | Method, **arguments: Any) -> "PatchArguments":
         """Return a request from arguments among which the method's knobs are mixed."""
         own = {name for name in cls.__dataclass_fields__ if name not in ("method", "knobs")}
         return cls(
@@ -91,52 +91,52 @@ class Request:
         )
 
 
-def resolve(request: Request, model: nn.Module) -> Resolved:
+def resolve(arguments: PatchArguments, model: nn.Module) -> Resolved:
     """Check a request against a model, changing nothing.
 
     Raises:
         RopeError: If any part of it cannot be served.
     """
-    if not isinstance(request.method, Method | Mapping):
-        split_name(request.method)
-    if request.temperature not in TEMPERATURES:
+    if not isinstance(arguments.method, Method | Mapping):
+        split_name(arguments.method)
+    if arguments.temperature not in TEMPERATURES:
         raise MethodParameterError(
             f"temperature must be one of {', '.join(map(repr, TEMPERATURES))}, got "
-            f"{request.temperature!r}."
+            f"{arguments.temperature!r}."
         )
-    _require_length("target_length", request.target_length, least=1)
+    _require_length("target_length", arguments.target_length, least=1)
     _require_length(
-        "original_max_position_embeddings", request.original_max_position_embeddings, least=2
+        "original_max_position_embeddings", arguments.original_max_position_embeddings, least=2
     )
-    if request.target not in TARGETS:
+    if arguments.target not in TARGETS:
         raise MethodParameterError(
-            f"target must be one of {', '.join(map(repr, TARGETS))}, got {request.target!r}."
+            f"target must be one of {', '.join(map(repr, TARGETS))}, got {arguments.target!r}."
         )
-    if request.target == "vision":
-        return _resolve_vision(request, model)
-    layer_types = _layer_types(request.layer_types)
+    if arguments.target == "vision":
+        return _resolve_vision(arguments, model)
+    layer_types = _layer_types(arguments.layer_types)
     sites = read_sites(
         model,
         layer_types=layer_types,
-        original_max_position_embeddings=request.original_max_position_embeddings,
+        original_max_position_embeddings=arguments.original_max_position_embeddings,
     )
     for site in sites:
-        _require_ready(site, request)
-    sites = [with_axes(site) for site in sites]
-    layout = _layout(request.mrope_layout)
+        _require_ready(site, arguments)
+    sites = [read_axes(site) for site in sites]
+    layout = _layout(arguments.mrope_layout)
     turnings = [_turning(site, layout) for site in sites]
     changed = layout if any(turnings) else None
     sites = [_turned(site, turning) for site, turning in zip(sites, turnings, strict=True)]
-    method, target = _method(request, sites[0].geometry), request.target_length
-    if request.limit_only:
-        method, target = NoScaling(), _limit(method, request, sites[0].geometry)
-    policy = _policy(request, method)
+    method, target = _method(arguments, sites[0].geometry), arguments.target_length
+    if arguments.limit_only:
+        method, target = NoScaling(), _limit(method, arguments, sites[0].geometry)
+    policy = _policy(arguments, method)
     rotations = [
-        _rotation(site, method, request.temperature, policy, turning)
+        _rotation(site, method, arguments.temperature, policy, turning)
         for site, turning in zip(sites, turnings, strict=True)
     ]
     axes = axis_names(sites[0].rotary, sites[0].label)
-    visual = _visual(request.visual_positions, axes)
+    visual = _visual(arguments.visual_positions, axes)
     # a text model by itself is given its positions, also those that belong to a layout
     implied = LAYOUT_POSITIONS.get(layout.name) if layout is not None and visual is None else None
     if implied is not None and places_tokens(model, [site.config for site in sites]):
@@ -152,13 +152,13 @@ def resolve(request: Request, model: nn.Module) -> Resolved:
         method=method,
         sites=sites,
         rotations=rotations,
-        temperature=request.temperature,
-        softmax=softmax_changes(model, sites, method, request.temperature),
+        temperature=arguments.temperature,
+        softmax=softmax_changes(model, sites, method, arguments.temperature),
         configs=config_changes(
             sites,
             method,
             target_length=target,
-            temperature=request.temperature,
+            temperature=arguments.temperature,
             settings=settings,
             has_stock_form=changed is None and visual is None,
         ),
@@ -168,18 +168,18 @@ def resolve(request: Request, model: nn.Module) -> Resolved:
     )
 
 
-def _resolve_vision(request: Request, model: nn.Module) -> Resolved:
+def _resolve_vision(arguments: PatchArguments, model: nn.Module) -> Resolved:
     """Check a request for the vision towers of a model."""
     for name in TEXT_ARGUMENTS:
-        if getattr(request, name):
+        if getattr(arguments, name):
             raise MethodParameterError(f"{name} is for target='text', got it with 'vision'.")
-    if request.temperature != "rotation":
+    if arguments.temperature != "rotation":
         raise MethodParameterError(
             "temperature='logits' is for target='text'; a vision tower has it in cos and sin."
         )
-    sites = read_towers(model, request.original_max_position_embeddings)
+    sites = read_towers(model, arguments.original_max_position_embeddings)
     names = tower_axes(sites[0])
-    method = _method(request, named(sites[0].geometry, names))
+    method = _method(arguments, with_axis_names(sites[0].geometry, names))
     if method.length_dependent:
         raise MethodParameterError(
             f"{method.name} follows the length of a request, and a vision tower sees images of all "
@@ -190,14 +190,14 @@ def _resolve_vision(request: Request, model: nn.Module) -> Resolved:
         for site in sites
     ]
     for site, rotation in zip(sites, rotations, strict=True):
-        _require_finite(site, method, *rotation.within())
+        _require_finite(site, method, *rotation.trained_plan())
     return Resolved(
         method=method,
         sites=sites,
         rotations=list(rotations),
-        temperature=request.temperature,
+        temperature=arguments.temperature,
         softmax=[],
-        configs=tower_changes(sites, method, {"target_length": request.target_length}),
+        configs=tower_changes(sites, method, {"target_length": arguments.target_length}),
         layout=None,
         visual=None,
         axes=names,
@@ -211,7 +211,7 @@ def _layout(given: str | MRopeLayout | None) -> MRopeLayout | None:
     return MRopeLayout(given)
 
 
-def _turning(site: RopeSite, layout: MRopeLayout | None) -> Turning | None:
+def _turning(site: RopeSite, layout: MRopeLayout | None) -> AppliedLayout | None:
     """Return a layout on a site, None where that is how the site was trained."""
     if layout is None:
         return None
@@ -224,11 +224,11 @@ def _turning(site: RopeSite, layout: MRopeLayout | None) -> Turning | None:
     config = site.config
     heads = setting(config, "num_key_value_heads") or setting(config, "num_attention_heads")
     turning = layout.on(axes, heads)
-    as_trained = Turning(tuple(map(turning.names.index, axes)), turning.names)
+    as_trained = AppliedLayout(tuple(map(turning.names.index, axes)), turning.names)
     return None if turning == as_trained else turning
 
 
-def _turned(site: RopeSite, turning: Turning | None) -> RopeSite:
+def _turned(site: RopeSite, turning: AppliedLayout | None) -> RopeSite:
     """Return a site whose pairs turn by the axes of a layout; one by heads changes no pair."""
     if turning is None or turning.per_head:
         return site
@@ -253,31 +253,34 @@ def _visual(given: VisualPositions | None, axes: tuple[str, ...]) -> VisualPosit
     return given
 
 
-def _method(request: Request, geometry: RopeGeometry) -> Method:
+def _method(arguments: PatchArguments, geometry: RopeGeometry) -> Method:
     """Return the method with its factor, of each axis where anything is given by axis."""
-    values = {**request.knobs, **({} if request.factor is None else {"factor": request.factor})}
-    if isinstance(request.method, Method) and values:
+    values = {
+        **arguments.knobs,
+        **({} if arguments.factor is None else {"factor": arguments.factor}),
+    }
+    if isinstance(arguments.method, Method) and values:
         raise MethodParameterError(
-            f"{next(iter(values))} is set on the method object already ({request.method!r}); pass "
-            f"one or the other."
+            f"{next(iter(values))} is set on the method object already ({arguments.method!r}); "
+            f"pass one or the other."
         )
-    if isinstance(request.method, PerAxis):
-        method = request.method.along(geometry)
-    elif isinstance(request.method, Method):
-        method = request.method
-    elif any(isinstance(value, Mapping) for value in (request.method, *values.values())):
-        method = make_per_axis(request.method, values).along(geometry)
+    if isinstance(arguments.method, PerAxis):
+        method = arguments.method.for_axes(geometry)
+    elif isinstance(arguments.method, Method):
+        method = arguments.method
+    elif any(isinstance(value, Mapping) for value in (arguments.method, *values.values())):
+        method = make_per_axis(arguments.method, values).for_axes(geometry)
     else:
-        method = _named_method(request.method, request, geometry)  # type: ignore[arg-type]
-    _require_agreement(method, geometry, request.target_length)
+        method = _named_method(arguments.method, arguments, geometry)  # type: ignore[arg-type]
+    _require_agreement(method, geometry, arguments.target_length)
     return method
 
 
-def _named_method(name: str, request: Request, geometry: RopeGeometry) -> Method:
+def _named_method(name: str, arguments: PatchArguments, geometry: RopeGeometry) -> Method:
     """Return the method with its factor, from whichever of the two lengths was given."""
     trained = geometry.original_max_position_embeddings
-    target, factor = request.target_length, request.factor
-    values = dict(request.knobs)
+    target, factor = arguments.target_length, arguments.factor
+    values = dict(arguments.knobs)
     if factor is not None:
         values["factor"] = factor
     elif target is not None and _stretches(name):
@@ -290,8 +293,8 @@ def _named_method(name: str, request: Request, geometry: RopeGeometry) -> Method
     return make_method(name, **values)
 
 
-def _limit(method: Method, request: Request, geometry: RopeGeometry) -> int:
-    target = request.target_length or method.target_length(geometry)
+def _limit(method: Method, arguments: PatchArguments, geometry: RopeGeometry) -> int:
+    target = arguments.target_length or method.target_length(geometry)
     if target is None:
         raise MethodParameterError(
             "limit_only raises the length alone: give target_length, or a method with a factor."
@@ -314,12 +317,12 @@ def _require_agreement(method: Method, geometry: RopeGeometry, target: int | Non
         )
 
 
-def _policy(request: Request, method: Method) -> LengthPolicy:
+def _policy(arguments: PatchArguments, method: Method) -> RequestPolicy:
     """Return how requests are followed, which a static method cannot be asked for."""
     settings = {
-        name: getattr(request, name)
+        name: getattr(arguments, name)
         for name in ("on_growth", "buckets", "compat", "on_plan")
-        if getattr(request, name) is not None
+        if getattr(arguments, name) is not None
     }
     if settings and not method.length_dependent:
         raise MethodParameterError(
@@ -329,18 +332,18 @@ def _policy(request: Request, method: Method) -> LengthPolicy:
     if "compat" in settings and len(settings) > 1:
         idle = ", ".join(name for name in settings if name != "compat")
         raise MethodParameterError(
-            f"{idle} has no effect with compat={request.compat!r}, which plans no request; leave "
+            f"{idle} has no effect with compat={arguments.compat!r}, which plans no request; leave "
             f"one of the two out."
         )
-    return LengthPolicy(**settings)
+    return RequestPolicy(**settings)
 
 
 def _rotation(
     site: RopeSite,
     method: Method,
     temperature: str,
-    policy: LengthPolicy,
-    turning: Turning | None,
+    policy: RequestPolicy,
+    layout: AppliedLayout | None,
 ) -> Rotation:
     """Return how a site is computed; its plan is made once, so that bad lists are found."""
     rotation = Rotation(
@@ -350,13 +353,13 @@ def _rotation(
         pair_order=site.pair_order,
         scales_rotation=temperature == "rotation",
         policy=policy,
-        turning=turning,
+        layout=layout,
     )
-    frequencies, scaling = rotation.within()
+    frequencies, scaling = rotation.trained_plan()
     _require_finite(site, method, frequencies, scaling)
     if method.length_dependent:
         _require_per_request(site, method, temperature)
-        rotation.at(torch.ones(1, 1, 1, dtype=torch.float64), frequencies, scaling)
+        rotation.plan_for(torch.ones(1, 1, 1, dtype=torch.float64), frequencies, scaling)
     return rotation
 
 
@@ -387,10 +390,10 @@ def _require_per_request(site: RopeSite, method: Method, temperature: str) -> No
         )
 
 
-def _require_ready(site: RopeSite, request: Request) -> None:
+def _require_ready(site: RopeSite, arguments: PatchArguments) -> None:
     """Refuse a site that is scaled already, or of unknown trained length."""
     rope_type = site.found["rope_type"]
-    if rope_type != "default" and not request.replace:
+    if rope_type != "default" and not arguments.replace:
         unused = " (set after loading, so it has no effect)" if site.found.get("edited") else ""
         raise AlreadyScaledError(
             f"{site.path}: the model's own config already scales its RoPE{unused}: "

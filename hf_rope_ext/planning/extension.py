@@ -14,7 +14,7 @@ from hf_rope_ext.geometry import RopeGeometry
 from hf_rope_ext.methods import Method, Yarn
 from hf_rope_ext.models.family import Config, setting
 from hf_rope_ext.models.sites import RopeSite, read_sites, window
-from hf_rope_ext.rotary.axes import with_axes
+from hf_rope_ext.rotary.axes import read_axes
 from hf_rope_ext.saving.engines import TARGETS, export
 from hf_rope_ext.saving.loading import skeleton
 
@@ -105,12 +105,12 @@ def text_site(config: Config, original_max_position_embeddings: int | None = Non
             f"the config does not say what length was trained ({dict(site.found)!r}); give "
             f"original_max_position_embeddings."
         )
-    return with_axes(site)
+    return read_axes(site)
 
 
 def effect(method: Method, geometry: RopeGeometry, target: int) -> Effect:
     """Return what a method does to the pairs when a request is ``target`` positions long."""
-    frozen = method.frozen(geometry, target) if method.length_dependent else method
+    frozen = method.freeze(geometry, target) if method.length_dependent else method
     plan = frozen.plan(geometry)
     trained, planned = geometry.inv_freq(), plan.inv_freq
     slowdown = trained / planned.clamp(min=1e-300)
@@ -166,7 +166,7 @@ def decay(inv_freq: Tensor, distances: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
-class Plan:
+class ExtensionPlan:
     """What reaching a length takes.
 
     Args:
@@ -196,7 +196,7 @@ def plan_extension(
     methods: Mapping[str, Method],
     number_bytes: int,
     tokens: int | None = None,
-) -> Plan:
+) -> ExtensionPlan:
     """Return what it takes to extend a model to a target length.
 
     Args:
@@ -228,7 +228,7 @@ def plan_extension(
             exports[engine] = f"not expressible: {error}"
         else:
             exports[engine] = found.command_line or json.dumps(found.config)
-    return Plan(
+    return ExtensionPlan(
         trained_length=trained,
         target_length=target,
         factor=factor,
@@ -251,7 +251,7 @@ def curves(geometry: RopeGeometry, methods: Mapping[str, Method], factor: float)
         "methods": {},
     }
     for label, method in methods.items():
-        inv_freq = method.frozen(geometry, target).plan(geometry).inv_freq
+        inv_freq = method.freeze(geometry, target).plan(geometry).inv_freq
         result["methods"][label] = {
             "wavelengths": [2 * math.pi / float(one) if one > 0 else None for one in inv_freq],
             "decay": decay(inv_freq, distances).tolist(),

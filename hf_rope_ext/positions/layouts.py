@@ -66,7 +66,7 @@ class MRopeLayout:
         """Whether heads have an axis, and not pairs."""
         return self.name == "mhrope"
 
-    def on(self, axes: Sequence[str], heads: int) -> "Turning":
+    def on(self, axes: Sequence[str], heads: int) -> "AppliedLayout":
         """Return the layout on a model.
 
         Args:
@@ -84,7 +84,7 @@ class MRopeLayout:
             )
         section = [axes.count(axis) for axis in AXES]
         rows = self._rows(section, heads if self.per_head else len(axes))
-        return Turning(rows, AXES, self.per_head, TIME if self.name == "hope" else None)
+        return AppliedLayout(rows, AXES, self.per_head, TIME if self.name == "hope" else None)
 
     def _rows(self, section: Sequence[int], total: int) -> tuple[int, ...]:
         own = self.section
@@ -101,7 +101,7 @@ class MRopeLayout:
 
 
 @dataclass(frozen=True)
-class Turning:
+class AppliedLayout:
     """A layout on one model.
 
     Args:

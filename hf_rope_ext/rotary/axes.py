@@ -16,7 +16,7 @@ from hf_rope_ext.rotary.extended import ExtendedRotary
 from hf_rope_ext.rotary.rotation import Rotation
 
 
-def with_axes(site: RopeSite) -> RopeSite:
+def read_axes(site: RopeSite) -> RopeSite:
     """Return a site whose geometry says by which axis each pair turns, where there are several.
 
     Raises:
@@ -27,18 +27,18 @@ def with_axes(site: RopeSite) -> RopeSite:
         return site
     places = torch.eye(len(names))[..., None, None]
     try:
-        turned = turned_pairs(site, places)
+        turned = read_pairs(site, places)
     except RuntimeError as error:
-        own, pairs = sections(site.rotary, site.label), site.geometry.pairs
+        own, pairs = mrope_section_of(site.rotary, site.label), site.geometry.pairs
         raise UnsupportedModelError(
             f"{site.path}: mrope_section {list(own)!r} is for {sum(own)} pairs, but {pairs} turn, "
             f"so the model itself cannot run ({error}). Nothing was changed; put the model's own "
             f"mrope_section into its config."
         ) from error
-    return owned(site, dict(zip(names, turned, strict=True)))
+    return assign_axes(site, dict(zip(names, turned, strict=True)))
 
 
-def owned(site: RopeSite, turned: Mapping[str, Sequence[int]]) -> RopeSite:
+def assign_axes(site: RopeSite, turned: Mapping[str, Sequence[int]]) -> RopeSite:
     """Return a site whose geometry names the axis of each pair, if each has one and no more.
 
     Args:
@@ -54,7 +54,7 @@ def owned(site: RopeSite, turned: Mapping[str, Sequence[int]]) -> RopeSite:
     return replace(site, geometry=replace(site.geometry, axes=axes))
 
 
-def turned_pairs(site: RopeSite, places: Iterable[Tensor]) -> list[list[int]]:
+def read_pairs(site: RopeSite, places: Iterable[Tensor]) -> list[list[int]]:
     """Return the stored pairs that each of some positions turns, read off the family's own code.
 
     It computes positions that are 1 on one axis and 0 on the others, for frequencies whose cosines
@@ -69,7 +69,7 @@ def turned_pairs(site: RopeSite, places: Iterable[Tensor]) -> list[list[int]]:
     found = []
     for place in places:
         x = torch.zeros(1, 1, 1)
-        cos, _ = rotary.laid_out(site.label, cosines.acos(), 1.0, x, place, *layer_type)
+        cos, _ = rotary.run_family_forward(site.label, cosines.acos(), 1.0, x, place, *layer_type)
         turned = (cosines[:, None] - cos.flatten()[None, :]).abs().amin(dim=1) < 1e-4
         found.append(turned.nonzero().flatten().tolist())
     return found
@@ -80,11 +80,11 @@ def axis_names(rotary: Rotary, label: str | None) -> tuple[str, ...]:
     family = rotary.family
     if not hasattr(rotary.original, "mrope_section"):
         return family.axes or ("position",)
-    found = sections(rotary, label)
+    found = mrope_section_of(rotary, label)
     return (family.axes or AXES)[-len(found) :] if found else ("position",)
 
 
-def sections(rotary: Rotary, label: str | None) -> tuple[int, ...]:
+def mrope_section_of(rotary: Rotary, label: str | None) -> tuple[int, ...]:
     """Return the pairs of each axis as the rotary module has them; empty where it has none."""
     found: Any = getattr(rotary.original, "mrope_section", None)
     if isinstance(found, dict):

@@ -62,7 +62,7 @@ class ExtendedRotary(nn.Module):
                     self, name, tensor if isinstance(tensor, nn.Parameter) else nn.Buffer(tensor)
                 )
         for label in self.rotations:
-            frequencies, scaling = self.rotations[label].within()
+            frequencies, scaling = self.rotations[label].trained_plan()
             name = _key(label, "inv_freq")
             self.register_buffer(name, frequencies.to(device), persistent=name in persistent)
             setattr(self, _key(label, "attention_scaling"), scaling)
@@ -85,20 +85,22 @@ class ExtendedRotary(nn.Module):
         if label not in self.rotations:
             return original(*arguments)
         frequencies, scaling = self.plan(label, position_ids)
-        turning = self.rotations[label].turning
-        if turning is None:
-            return self.laid_out(label, frequencies, scaling, *arguments)
+        layout = self.rotations[label].layout
+        if layout is None:
+            return self.run_family_forward(label, frequencies, scaling, *arguments)
         assert position_ids is not None  # families with several axes always give them
         # angles for frequencies, at position 1: the family's code is left with the rest
         order = self.rotations[label].pair_order
-        angles = turning.angles(position_ids, frequencies.to(position_ids.device), order)
+        angles = layout.angles(position_ids, frequencies.to(position_ids.device), order)
         still = torch.ones_like(position_ids)
-        if not turning.per_head:
-            return self.laid_out(label, angles, scaling, x, still, *arguments[2:])
-        by_axis = [self.laid_out(label, one, scaling, x, still, *arguments[2:]) for one in angles]
-        return PerHead.of(by_axis, turning.rows)
+        if not layout.per_head:
+            return self.run_family_forward(label, angles, scaling, x, still, *arguments[2:])
+        by_axis = [
+            self.run_family_forward(label, one, scaling, x, still, *arguments[2:]) for one in angles
+        ]
+        return PerHead.of(by_axis, layout.rows)
 
-    def laid_out(
+    def run_family_forward(
         self, label: str | None, frequencies: Tensor, scaling: Scale, *arguments: Any
     ) -> Any:
         """Return what the family's own code makes of frequencies and the arguments of `forward`."""
@@ -115,16 +117,18 @@ class ExtendedRotary(nn.Module):
         """
         rotation = self.rotations[label]
         if not rotation.method.length_dependent or position_ids is None:
-            return self._within(label)
+            return self._trained_plan(label)
         if rotation.policy.compat is not None:
-            return rotation.at(self._stock_length(rotation, position_ids), *self._within(label))
+            return rotation.plan_for(
+                self._stock_length(rotation, position_ids), *self._trained_plan(label)
+            )
         call = RUNNING.call
         if call is None:
-            return rotation.at(row_lengths(position_ids), *self._within(label))
-        lengths = call.note(position_ids)
+            return rotation.plan_for(row_lengths(position_ids), *self._trained_plan(label))
+        lengths = call.record_positions(position_ids)
         known, key = call.plan.frequencies, f"{self.path} {label}"
         if key not in known:
-            known[key] = rotation.at(lengths, *self._within(label))
+            known[key] = rotation.plan_for(lengths, *self._trained_plan(label))
         return known[key]
 
     def names(self) -> dict[str, str | None]:
@@ -134,9 +138,9 @@ class ExtendedRotary(nn.Module):
     def frequencies_at(self, key: str, lengths: Tensor) -> tuple[Tensor, Scale]:
         """Return frequencies and scaling by name for rows of these lengths, ``(batch, 1, 1)``."""
         label = self.names()[key]
-        return self.rotations[label].at(lengths, *self._within(label))
+        return self.rotations[label].plan_for(lengths, *self._trained_plan(label))
 
-    def _within(self, label: str | None) -> tuple[Tensor, float]:
+    def _trained_plan(self, label: str | None) -> tuple[Tensor, float]:
         return getattr(self, _key(label, "inv_freq")), getattr(
             self, _key(label, "attention_scaling")
         )
@@ -157,7 +161,7 @@ class ExtendedRotary(nn.Module):
         return kept
 
     @contextmanager
-    def poisoned(self) -> Iterator[None]:
+    def poison_frequencies(self) -> Iterator[None]:
         """Make the frequencies NaN for the duration of a ``with`` block."""
         names = [_key(label, "inv_freq") for label in self.rotations]
         sound = {name: getattr(self, name) for name in names}
@@ -169,7 +173,7 @@ class ExtendedRotary(nn.Module):
             for name in names:
                 setattr(self, name, sound[name])
 
-    def restored(self) -> nn.Module | Tensor:
+    def take_original(self) -> nn.Module | Tensor:
         """Return the original, with what was loaded, moved or trained meanwhile."""
         original = self.__dict__["original"]
         if isinstance(original, nn.Module):
@@ -196,7 +200,7 @@ class ExtendedRotary(nn.Module):
             moved = getattr(self, name)
             if moved is not buffer:
                 # whatever fn made of the values (a cast, garbage): only the device is its to say
-                setattr(self, name, self.rotations[label].within()[0].to(moved.device))
+                setattr(self, name, self.rotations[label].trained_plan()[0].to(moved.device))
         device = _device(self)
         original = self.__dict__["original"]
         if device.type == "meta":

@@ -27,7 +27,7 @@ GROWTH = 1.1
 
 
 @dataclass(frozen=True)
-class LengthPolicy:
+class RequestPolicy:
     """How a length-dependent method follows requests.
 
     Args:
@@ -71,7 +71,7 @@ class LengthPolicy:
             return {"compat": self.compat}
         return {"on_growth": self.on_growth, "buckets": self.buckets}
 
-    def rounded(self, lengths: Tensor, trained: int) -> Tensor:
+    def round_up(self, lengths: Tensor, trained: int) -> Tensor:
         """Return lengths rounded up to buckets; those within the trained length stay."""
         if self.buckets is None:
             return lengths
@@ -79,7 +79,7 @@ class LengthPolicy:
         steps = (torch.log(lengths / trained) / math.log(self.buckets) - 1e-6).ceil()
         return torch.where(lengths > trained, trained * self.buckets**steps, lengths)
 
-    def grown(self, tokens: int, trained: int) -> int:
+    def grow(self, tokens: int, trained: int) -> int:
         """Return the capacity of a cache that needs to hold ``tokens``: a geometric step."""
         step = self.buckets or GROWTH
         steps = math.ceil(math.log(max(tokens / trained, 1.0)) / math.log(step) - 1e-6)
@@ -87,7 +87,7 @@ class LengthPolicy:
 
 
 @dataclass(eq=False)
-class Plan:
+class CachePlan:
     """What one request is planned for; its cache carries it.
 
     Args:
@@ -106,7 +106,7 @@ class Plan:
 
     method: str
     trained: int
-    policy: LengthPolicy
+    policy: RequestPolicy
     capacity: int
     lengths: Tensor | None = None
     positions: Tensor | None = None
@@ -116,7 +116,7 @@ class Plan:
     def report(self) -> "RequestPlan":
         """Return it in public form."""
         assert self.lengths is not None, "before the first call"
-        lengths = self.policy.rounded(self.lengths, self.trained)
+        lengths = self.policy.round_up(self.lengths, self.trained)
         return RequestPlan(self.method, lengths.flatten(), self.trained)
 
 
@@ -136,7 +136,7 @@ class Call:
         owner: Who began it.
     """
 
-    plan: Plan
+    plan: CachePlan
     seen: int = 0
     ahead: int = 0
     size: int | None = None
@@ -146,7 +146,7 @@ class Call:
     is_noted: bool = False
     owner: object = None
 
-    def note(self, position_ids: Tensor) -> Tensor:
+    def record_positions(self, position_ids: Tensor) -> Tensor:
         """Take in the positions of the call, at the first rotary embedding that gets them.
 
         Returns:
@@ -219,7 +219,7 @@ class RequestPlan:
         return ratios
 
 
-def plan_of(held: Any) -> Plan | None:
+def plan_of(held: Any) -> CachePlan | None:
     """Return the plan of a cache, or of a model output that holds one; None where there is none."""
     cache = getattr(held, "past_key_values", held)
     return getattr(cache, "hf_rope_ext_plan", None)

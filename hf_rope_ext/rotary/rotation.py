@@ -8,8 +8,8 @@ from torch import Tensor
 
 from hf_rope_ext.geometry import FrequencyPlan, RopeGeometry, Scale
 from hf_rope_ext.methods import Method
-from hf_rope_ext.positions.layouts import Turning
-from hf_rope_ext.rotary.request_plan import LengthPolicy
+from hf_rope_ext.positions.layouts import AppliedLayout
+from hf_rope_ext.rotary.request_plan import RequestPolicy
 
 UNCHANGED = 1e-12
 
@@ -28,7 +28,7 @@ class Rotation:
         pair_order: That order, None for the natural one.
         scales_rotation: Whether the temperature goes into cos and sin.
         policy: How a length-dependent method follows requests.
-        turning: A layout in place of the family's own, None for that.
+        layout: A layout in place of the family's own, None for that.
     """
 
     method: Method
@@ -36,10 +36,10 @@ class Rotation:
     trained: Tensor
     pair_order: list[int] | None = None
     scales_rotation: bool = True
-    policy: LengthPolicy = field(default_factory=LengthPolicy)
-    turning: Turning | None = None
+    policy: RequestPolicy = field(default_factory=RequestPolicy)
+    layout: AppliedLayout | None = None
 
-    def within(self) -> tuple[Tensor, float]:
+    def trained_plan(self) -> tuple[Tensor, float]:
         """Return the static plan, or a length-dependent one's up to the trained length.
 
         Returns:
@@ -50,24 +50,24 @@ class Rotation:
         plan = self._planned(self.method.plan, self.geometry)
         same = torch.isclose(plan.inv_freq, self.geometry.inv_freq(), rtol=UNCHANGED, atol=0.0)
         frequencies = torch.where(
-            self.ordered(same), self.trained, self.ordered(plan.inv_freq).float()
+            self.to_family_order(same), self.trained, self.to_family_order(plan.inv_freq).float()
         )
         return frequencies, float(plan.attention_scaling) if self.scales_rotation else 1.0
 
-    def at(self, lengths: Tensor, inv_freq: Tensor, scaling: float) -> tuple[Tensor, Scale]:
+    def plan_for(self, lengths: Tensor, inv_freq: Tensor, scaling: float) -> tuple[Tensor, Scale]:
         """Return the plan of a request.
 
         Args:
             lengths: Length of each row, ``(batch, 1, 1)``, before it is rounded up.
-            inv_freq: What `within` returned.
-            scaling: What `within` returned.
+            inv_freq: What `trained_plan` returned.
+            scaling: What `trained_plan` returned.
 
         Returns:
             Frequencies, float32, ``(batch, 1, pairs)`` (with ``axes`` in front where heads have
             axes), and a number or ``(batch, 1, 1)``.
         """
         trained = self.geometry.original_max_position_embeddings
-        lengths = self.policy.rounded(lengths, trained)
+        lengths = self.policy.round_up(lengths, trained)
         geometry = replace(self.geometry, device=lengths.device)
         plan = self._planned(lambda own: self.method.plan_at(own, lengths), geometry)
         before = self._planned(self.method.plan, geometry).inv_freq
@@ -76,7 +76,9 @@ class Rotation:
             within, before = within[:, None, None], before[:, None, None]
         # what does not follow the request, such as another axis, keeps its bits
         moved = beyond & ~torch.isclose(plan.inv_freq, before, rtol=UNCHANGED, atol=0.0)
-        frequencies = torch.where(self.ordered(moved), self.ordered(plan.inv_freq).float(), within)
+        frequencies = torch.where(
+            self.to_family_order(moved), self.to_family_order(plan.inv_freq).float(), within
+        )
         if not isinstance(plan.attention_scaling, Tensor):
             return frequencies, scaling
         return frequencies, torch.where(beyond, plan.attention_scaling, scaling).float()
@@ -89,26 +91,26 @@ class Rotation:
         Pairs that rest have frequency 0. Where heads have axes it is planned for every axis, as if
         all pairs turned by it.
         """
-        planned, turning = plan(geometry), self.turning
-        if turning is None:
+        planned, layout = plan(geometry), self.layout
+        if layout is None:
             return planned
         inv_freq = planned.inv_freq
-        if turning.per_head:
+        if layout.per_head:
             by_axis = [
-                plan(replace(geometry, axes=(name,) * geometry.pairs)) for name in turning.names
+                plan(replace(geometry, axes=(name,) * geometry.pairs)) for name in layout.names
             ]
             inv_freq = torch.stack([one.inv_freq for one in by_axis])
-        elif turning.resting is not None:
-            rests = [row == turning.resting for row in turning.rows]
+        elif layout.resting is not None:
+            rests = [row == layout.resting for row in layout.rows]
             inv_freq = inv_freq.masked_fill(torch.tensor(rests, device=inv_freq.device), 0.0)
         return replace(planned, inv_freq=inv_freq)
 
-    def used(self, inv_freq: Tensor) -> Tensor:
+    def drop_unused_axes(self, inv_freq: Tensor) -> Tensor:
         """Return frequencies without those of axes that no head turns by."""
-        if self.turning is None or not self.turning.per_head:
+        if self.layout is None or not self.layout.per_head:
             return inv_freq
-        return inv_freq[sorted(set(self.turning.rows))]
+        return inv_freq[sorted(set(self.layout.rows))]
 
-    def ordered(self, per_pair: Tensor) -> Tensor:
+    def to_family_order(self, per_pair: Tensor) -> Tensor:
         """Return values per pair in the order the family stores them."""
         return per_pair if self.pair_order is None else per_pair[..., self.pair_order]

@@ -20,10 +20,10 @@ from hf_rope_ext.models.family import Config, setting
 from hf_rope_ext.models.find import find_towers
 from hf_rope_ext.models.rope_config import RECORD, ConfigChange
 from hf_rope_ext.models.sites import RopeSite, axial_site
-from hf_rope_ext.rotary.axes import owned, turned_pairs
+from hf_rope_ext.rotary.axes import assign_axes, read_pairs
 from hf_rope_ext.rotary.rotation import Rotation
 
-AXES = ("h", "w")
+TOWER_AXES = ("h", "w")
 """The axes of a patch's position, in most families."""
 
 
@@ -35,7 +35,7 @@ class AxialRotation(Rotation):
         names: The axes of a position, in the order of its coordinates.
     """
 
-    names: tuple[str, ...] = AXES
+    names: tuple[str, ...] = TOWER_AXES
 
     def _planned(
         self, plan: Callable[[RopeGeometry], FrequencyPlan], geometry: RopeGeometry
@@ -85,7 +85,7 @@ def read_towers(
             )
         site = axial_site(rotary, trained)
         # each pair can belong to one axis, as in M-RoPE (Pixtral)
-        site = owned(site, dict(zip(tower_axes(site), used_pairs(site), strict=True)))
+        site = assign_axes(site, dict(zip(tower_axes(site), pairs_by_axis(site), strict=True)))
         sites.append(site)
     return sites
 
@@ -100,21 +100,21 @@ def trained_side(config: Config) -> int | None:
 
 def tower_axes(site: RopeSite) -> tuple[str, ...]:
     """Return the names of the coordinates of a patch's position."""
-    return site.family.axes or AXES
+    return site.family.axes or TOWER_AXES
 
 
-def named(geometry: RopeGeometry, names: tuple[str, ...]) -> RopeGeometry:
+def with_axis_names(geometry: RopeGeometry, names: tuple[str, ...]) -> RopeGeometry:
     """Return a geometry that says which axes there are, for checking a request by axis."""
     return geometry if geometry.axes is not None else replace(geometry, axes=names)
 
 
-def used_pairs(site: RopeSite) -> list[list[int]]:
+def pairs_by_axis(site: RopeSite) -> list[list[int]]:
     """Return the stored pairs that each axis turns."""
     points = torch.eye(len(tower_axes(site)))
-    return turned_pairs(site, [shaped(site.rotary.original, point) for point in points])
+    return read_pairs(site, [shape_position(site.rotary.original, point) for point in points])
 
 
-def shaped(original: Any, point: Tensor) -> Tensor:
+def shape_position(original: Any, point: Tensor) -> Tensor:
     """Return a position ``(axes,)`` in the shape a family takes, with a batch or without."""
     try:
         original(point.new_zeros(1, 1, 1), point.new_zeros(1, 1, len(point)))
@@ -158,7 +158,7 @@ def tower_changes(
     return changes
 
 
-def patches_for(tower: nn.Module, device: torch.device) -> list[dict[str, Any]]:
+def smallest_images(tower: nn.Module, device: torch.device) -> list[dict[str, Any]]:
     """Return inputs of one small image, in the forms to try, for running a vision tower."""
     config, accepted = tower.config, inspect.signature(tower.forward).parameters
     dtype = next(part.dtype for part in tower.parameters() if part.is_floating_point())

@@ -13,7 +13,7 @@ from hf_rope_ext.models.rope_config import RECORD
 from hf_rope_ext.patching.patch import unpatch_model
 from hf_rope_ext.patching.resolve import TARGETS
 from hf_rope_ext.rotary.installed import patch_of
-from hf_rope_ext.saving.record import joined, require_known, restore
+from hf_rope_ext.saving.record import apply_record, merge_records, require_known
 
 ADAPTER_RECORD = "hf_rope_ext.json"
 """File beside a PEFT adapter that holds the record of the patch it was trained under."""
@@ -76,7 +76,7 @@ def load_adapter(model: nn.Module, name_or_path: str | Path, **kwargs: Any) -> n
     trained_on = record.pop(BASE_WEIGHTS, None)
     patched_before = _record(model) is not None
     if not patched_before:
-        restore(model, record)
+        apply_record(model, record)
     try:
         _require_same_patch(model, record, name_or_path)
         _require_same_weights(model, trained_on, name_or_path)
@@ -115,7 +115,7 @@ def weights_record(model: nn.Module) -> dict[str, str] | None:
 def _record(model: nn.Module) -> dict[str, Any] | None:
     """Return the record of a patched model, as JSON gives it back."""
     patches = [patch for target in TARGETS if (patch := patch_of(model, target))]
-    record = joined([patch.resolved.configs[0].attributes[RECORD] for patch in patches])
+    record = merge_records([patch.resolved.configs[0].attributes[RECORD] for patch in patches])
     return json.loads(json.dumps(record))  # type: ignore[no-any-return]
 
 

@@ -19,7 +19,7 @@ from hf_rope_ext.methods import NTK, Base, Linear, Method, NoScaling, NTKByParts
 from hf_rope_ext.models.family import Config
 from hf_rope_ext.models.rope_config import stock_attributes
 from hf_rope_ext.models.sites import RopeSite
-from hf_rope_ext.patching.resolve import Request, resolve
+from hf_rope_ext.patching.resolve import PatchArguments, resolve
 from hf_rope_ext.rotary.installed import patch_of
 from hf_rope_ext.saving.loading import skeleton
 
@@ -82,7 +82,7 @@ def export(
     if patch is not None:
         resolved = patch.resolved
     else:
-        request = Request.of(method, **arguments)
+        request = PatchArguments.from_keywords(method, **arguments)
         resolved = resolve(request, skeleton(model_or_config) if model is None else model)
     if not resolved.has_stock_form:
         raise ExportError(
@@ -91,7 +91,7 @@ def export(
         )
     site, used = resolved.sites[0], resolved.method
     if frozen is not None:
-        used = used.frozen(site.geometry, frozen)
+        used = used.freeze(site.geometry, frozen)
     root = _root_config(model_or_config)
     length = used.target_length(site.geometry) or site.config.max_position_embeddings
     settings = _Settings(resolved.sites, used, resolved.temperature, length, root)

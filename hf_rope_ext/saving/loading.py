@@ -10,7 +10,7 @@ from hf_rope_ext.errors import RopeError
 from hf_rope_ext.models.family import Config
 from hf_rope_ext.models.rope_config import RECORD
 from hf_rope_ext.saving.adapters import SOURCE, load_adapter, save_record
-from hf_rope_ext.saving.record import joined, require_known, restore
+from hf_rope_ext.saving.record import apply_record, merge_records, require_known
 
 ROPE = ("rope_scaling", "rope_parameters")
 """Where a config keeps its scaling, the older word first."""
@@ -37,7 +37,7 @@ def load_pretrained(name_or_path: str | Path, **kwargs: Any) -> nn.Module:
     settings, record, as_found = _read_config(name_or_path, **kwargs)
     own = None if as_found or "config" in kwargs else settings
     model = _load_model(name_or_path, own, **kwargs)
-    return model if record is None else restore(model, record)
+    return model if record is None else apply_record(model, record)
 
 
 def save_pretrained(model: nn.Module, directory: str | Path, **kwargs: Any) -> None:
@@ -142,7 +142,7 @@ def _read_config(
     for record in records:
         require_known(record, name_or_path)
     older = _modernize(settings)
-    return settings, joined(records), not (records or older)
+    return settings, merge_records(records), not (records or older)
 
 
 def _modernize(settings: dict[str, Any]) -> bool:

@@ -20,7 +20,7 @@ def recorded_method(record: dict[str, Any]) -> Method:
     return method_from_record(record["method"])
 
 
-def joined(records: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
+def merge_records(records: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
     """Return the record of a model's text, with that of its vision inside, from those found."""
     text = [record for record in records if record.get("target") != "vision"]
     vision = [record for record in records if record.get("target") == "vision"]
@@ -29,10 +29,10 @@ def joined(records: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
     return next(iter([*text, *vision]), None)
 
 
-def restore(model: nn.Module, record: dict[str, Any]) -> nn.Module:
+def apply_record(model: nn.Module, record: dict[str, Any]) -> nn.Module:
     """Patch a model as a record says."""
     if "vision" in record:
-        restore(model, record["vision"])
+        apply_record(model, record["vision"])
     layout, visual = record.get("mrope_layout"), record.get("visual_positions")
     return patch_model(
         model,

@@ -27,7 +27,7 @@ from hf_rope_ext.patching.patch import patch_model
 from hf_rope_ext.rotary.installed import patch_of
 from hf_rope_ext.saving.adapters import load_adapter
 from hf_rope_ext.saving.loading import read_config
-from hf_rope_ext.saving.record import restore
+from hf_rope_ext.saving.record import apply_record
 
 
 @register_model("hf_rope")
@@ -220,7 +220,7 @@ class RopeHFLM(HFLM):  # type: ignore[misc]
             kwargs["config"] = self._config
         super()._create_model(pretrained, **kwargs)
         if self._record is not None:
-            restore(self._model, self._record)
+            apply_record(self._model, self._record)
         if peft is not None:
             if len(self.tokenizer) > self._model.get_input_embeddings().num_embeddings:
                 self._model.resize_token_embeddings(len(self.tokenizer))

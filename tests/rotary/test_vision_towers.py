@@ -34,11 +34,11 @@ from hf_rope_ext import (
 from hf_rope_ext.__main__ import main
 from hf_rope_ext.methods import NTK, Linear, Yarn
 from hf_rope_ext.models.find import innermost_models
-from hf_rope_ext.rotary.vision_towers import patches_for
+from hf_rope_ext.rotary.vision_towers import smallest_images
 
 pytestmark = pytest.mark.filterwarnings("ignore::hf_rope_ext.errors.RopeWarning")
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 TRAINED = 16  # patches along a side
 # every model type of transformers 5.23 whose vision tower is axial
 TOWERS = [
@@ -211,7 +211,7 @@ def tower_of(model):
 
 def see(tower, seed=0):
     """What a tower makes of random patches."""
-    shapes = patches_for(tower, torch.device("cpu"))
+    shapes = smallest_images(tower, torch.device("cpu"))
     for given in shapes:
         generator = torch.Generator().manual_seed(seed)
         name = next(name for name in ("pixel_values", "hidden_states") if name in given)

@@ -24,7 +24,7 @@ from hf_rope_ext.finetune.trainer import last_checkpoint
 from hf_rope_ext.patching.patch import patch_model
 from hf_rope_ext.rotary.installed import patch_of
 
-HERE = Path(__file__).parent
+HERE = Path(__file__).parents[1]
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*use_reentrant.*")
 

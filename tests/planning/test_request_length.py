@@ -27,7 +27,7 @@ from hf_rope_ext import (
     visual_length,
 )
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
 import position_rules  # noqa: E402

@@ -220,7 +220,7 @@ def check(model_type: str) -> dict[str, str]:
     return how
 
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 PUBLISHED = json.loads((ROOT / "benchmarks" / "results" / "families.json").read_text())["results"]
 
 

@@ -42,7 +42,7 @@ def test_distinct_positions_turn_each_pair_by_its_own_axis(model_type, method):
     patch_model(model, method, factor=4)
     positions = torch.tensor([[[3, 70, 200]], [[5, 90, 100]], [[7, 50, 150]]])
     rotation = text.rotary_emb.rotations[None]
-    plan = rotation.method.frozen(rotation.geometry, 201).plan(rotation.geometry)
+    plan = rotation.method.freeze(rotation.geometry, 201).plan(rotation.geometry)
 
     cos, _ = text.rotary_emb(torch.zeros(1, 3, 1), positions)
 

@@ -17,7 +17,7 @@ import torch
 import zoo
 import zoo_images
 from conftest import relative
-from test_checkpoint import KNOBS
+from test_rope_config import KNOBS
 from test_families import arguments, build_by_hand, build_stock, frequencies, pairs, slowdowns
 from test_lengths import METHODS as PER_REQUEST
 from test_lengths import methods as per_request
@@ -332,7 +332,7 @@ def test_an_image_is_drawn_as_a_forward_over_all_of_it_would(method):
     found = write(model, inputs, 6)
     length = int(prompt.max()) + 1 + 6
     made = make_method(method, **per_request(8)[method])
-    patch_model(twin, made.frozen(read_sites(zoo.build("glm_image"))[0].geometry, length))
+    patch_model(twin, made.freeze(read_sites(zoo.build("glm_image"))[0].geometry, length))
     rows, columns = zoo_images.IMAGE_GRID
     drawn = [(0, row, column) for row in range(rows) for column in range(columns)][:5]
     positions = torch.cat((prompt, int(prompt.max()) + 1 + torch.tensor(drawn).T[:, None]), dim=-1)
@@ -368,7 +368,7 @@ def test_keys_of_images_are_turned_axis_by_axis(model_type):
         assert length > max(before, TRAINED)
         unpatch_model(model)
         geometry = read_sites(model)[0].geometry
-        patch_model(model, make_method("dynamic_yarn", factor=4).frozen(geometry, length))
+        patch_model(model, make_method("dynamic_yarn", factor=4).freeze(geometry, length))
         expected = first_keys(model(**inputs, use_cache=True).past_key_values)
 
     assert relative(first_keys(cache)[:, :, :tokens], expected) < 1e-5
@@ -406,7 +406,7 @@ def test_a_later_call_may_have_more_positions_than_tokens():
         length = int(request_plan(cache).lengths)
         unpatch_model(model)
         geometry = read_sites(model)[0].geometry
-        patch_model(model, make_method("dynamic_yarn", factor=4).frozen(geometry, length))
+        patch_model(model, make_method("dynamic_yarn", factor=4).freeze(geometry, length))
         text = torch.arange(20).expand(3, 1, -1)
         positions = torch.cat((text, far_ahead()), dim=-1)
         expected = model(input_ids=ids, position_ids=positions, use_cache=True).past_key_values
@@ -529,7 +529,7 @@ def test_a_cache_with_images_is_not_filled_again_without_them():
     after = first_keys(first.past_key_values)[:, :, :tokens]
     unpatch_model(model)
     geometry = read_sites(model)[0].geometry
-    patch_model(model, make_method("dynamic_yarn", factor=4).frozen(geometry, length))
+    patch_model(model, make_method("dynamic_yarn", factor=4).freeze(geometry, length))
     with torch.no_grad():
         fresh = first_keys(model(**inputs, use_cache=True).past_key_values)
     assert not torch.equal(after, keys)

@@ -114,7 +114,7 @@ def test_heads_with_axes_attend_as_a_loop_over_heads_does(method):
         weights = model(**inputs, output_attentions=True).attentions[0][0].double()
 
     rotation = model.model.language_model.rotary_emb.rotations[None]
-    plan = rotation.method.frozen(rotation.geometry, int(positions.max()) + 1)
+    plan = rotation.method.freeze(rotation.geometry, int(positions.max()) + 1)
     plan = plan.plan(rotation.geometry)
     trained = rotation.geometry.inv_freq()
     queries, keys = (seen[name][0].unflatten(-1, (-1, 16)) for name in ("q_proj", "k_proj"))

@@ -300,7 +300,7 @@ def test_the_papers_dynamic_scale_is_the_request_over_the_trained_length_within_
 )
 @pytest.mark.parametrize("length", [1000, 4096, 4097, 9000, 50_000])
 def test_a_frozen_method_is_the_static_method_of_that_length(method, length):
-    frozen = method.frozen(LLAMA2, length)
+    frozen = method.freeze(LLAMA2, length)
     at_length = method.plan_at(LLAMA2, lengths(length))
 
     assert not frozen.length_dependent

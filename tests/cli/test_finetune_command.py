@@ -24,7 +24,7 @@ from hf_rope_ext.finetune import estimate_memory, finetune, parse, with_adapter
 from hf_rope_ext.finetune.recipe import describe_flags
 from hf_rope_ext.rotary.installed import patch_of
 
-EXAMPLES = Path(__file__).parent.parent / "examples"
+EXAMPLES = Path(__file__).parents[2] / "examples"
 
 
 @pytest.fixture(autouse=True)
@@ -236,7 +236,7 @@ def test_ligers_own_loss_trains_as_the_chunked_one(tmp_path, model, data):
         "for loss in ('chunked', 'liger'):\n"
         "    finetune(recipe(model, data, loss=loss), training(out / loss, **how))\n"
     )
-    words = [str(Path(__file__).parent), str(model), str(data), str(tmp_path)]
+    words = [str(Path(__file__).parents[1]), str(model), str(data), str(tmp_path)]
     environment = {**os.environ, "TRITON_INTERPRET": "1"}
     subprocess.run([sys.executable, "-c", script, *words], env=environment, check=True)
     liger, chunked = (

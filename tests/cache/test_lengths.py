@@ -66,7 +66,7 @@ def frozen(method, length, model=None, **knobs):
     model = tiny_llama() if model is None else model
     geometry = read_sites(model)[0].geometry
     made = make_method(method, **{**methods()[method], **knobs})
-    return patch_model(model, made.frozen(geometry, length))
+    return patch_model(model, made.freeze(geometry, length))
 
 
 def greedy(model, ids, new, **arguments):
@@ -97,7 +97,7 @@ def test_cached_greedy_decoding_is_that_of_the_full_forward_at_the_planned_lengt
     knobs = methods(pairs)[method]
     patch_model(model, method, **knobs)
     made = make_method(method, **knobs)
-    patch_model(twin, made.frozen(read_sites(zoo.build(family))[0].geometry, prompt + new))
+    patch_model(twin, made.freeze(read_sites(zoo.build(family))[0].geometry, prompt + new))
     ids = text(1, prompt)
 
     settings = {"return_dict_in_generate": True, "output_logits": True}
@@ -133,7 +133,7 @@ def test_an_image_in_the_prompt_is_planned_by_positions(method):
     settings = {"max_new_tokens": 30, "min_new_tokens": 30, "do_sample": False}
     patch_model(model, method, **methods(geometry.pairs)[method])
     patch_model(
-        twin, make_method(method, **methods(geometry.pairs)[method]).frozen(geometry, positions)
+        twin, make_method(method, **methods(geometry.pairs)[method]).freeze(geometry, positions)
     )
 
     found = model.generate(**inputs, **settings, return_dict_in_generate=True)
@@ -540,7 +540,7 @@ def test_a_length_that_is_a_bucket_stays_in_it():
     for power in range(12):
         length = torch.tensor([[[TRAINED * 1.25**power]]], dtype=torch.float64)
         policy = model.model.rotary_emb.rotations[None].policy
-        assert policy.rounded(length, TRAINED).item() == pytest.approx(length.item(), rel=1e-12)
+        assert policy.round_up(length, TRAINED).item() == pytest.approx(length.item(), rel=1e-12)
 
 
 @pytest.mark.parametrize(
