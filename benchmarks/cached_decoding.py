@@ -23,8 +23,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from hf_rope_ext import patch_model, patched, planned, unpatch_model
 from hf_rope_ext.models.sites import read_sites
 
-for part in ("tests", "tests/cache"):
-    sys.path.insert(0, str(Path(__file__).parent.parent / part))
+sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
+sys.path.insert(0, str(Path(__file__).parent.parent / "tests" / "cache"))
 import zoo
 from test_lengths import FAMILIES, METHODS, greedy, methods, text
 

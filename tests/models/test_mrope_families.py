@@ -17,10 +17,10 @@ import torch
 import zoo
 import zoo_images
 from conftest import relative
-from test_rope_config import KNOBS
 from test_families import arguments, build_by_hand, build_stock, frequencies, pairs, slowdowns
 from test_lengths import METHODS as PER_REQUEST
 from test_lengths import methods as per_request
+from test_rope_config import KNOBS
 from torch import Tensor, nn
 from transformers import DynamicCache, LlamaConfig, StaticCache
 from transformers.models.llama.modeling_llama import LlamaModel
