@@ -1,93 +1,82 @@
 """How long a request will be: told by `generate`, or by `planned` in a loop written by hand."""
 
 import inspect
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 from torch import nn
 
 from hf_rope_ext.cache.cache_parts import CACHES, self_attention_cache
-from hf_rope_ext.cache.hooks import HOOKS, AfterForward, BeforeForward, remove_hooks
 from hf_rope_ext.cache.planner import Planner
+from hf_rope_ext.changes import AddHooks, Change, StandIn
 from hf_rope_ext.errors import RopeError, UnsupportedModelError
 from hf_rope_ext.models.find import innermost_models
-from hf_rope_ext.rotary.extended import ExtendedRotary
+from hf_rope_ext.rotary.installed import SwapRotary
 from hf_rope_ext.rotary.request_plan import RUNNING, CachePlan, Generation, plan_of
 
-PREPARES = "_prepare_cache_for_generation"
 
+class Generate(StandIn):
+    """Stands in for ``generate``, so that the planner knows that one is running."""
 
-class Generate:
-    """What stands in for ``generate`` and for transformers' preparation of its cache.
-
-    Args:
-        model: The model that generates.
-        name: Name of the method stood in for.
-    """
-
-    def __init__(self, model: nn.Module, name: str) -> None:
-        self.model = model
-        self.name = name
-
-    @property
-    def __signature__(self) -> inspect.Signature:
-        return inspect.signature(getattr(type(self.model), self.name).__get__(self.model))
+    name = "generate"
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Do what the class does, with the length of the request known to the planner."""
-        method = getattr(type(self.model), self.name)
-        if self.name == PREPARES:
-            result = method(self.model, *args, **kwargs)
-            given = inspect.signature(method).bind(self.model, *args, **kwargs).arguments
-            _prepare(given["generation_config"], given["model_kwargs"], given["max_cache_length"])
-            return result
+        """Generate."""
         ids = kwargs.get("input_ids", kwargs.get("inputs", args[0] if args else None))
         with _generating(Generation(input_ids=ids, outer=RUNNING.generation)):
-            return method(self.model, *args, **kwargs)
+            return self.stock(*args, **kwargs)
 
 
-def install(model: nn.Module, rotaries: Mapping[str, ExtendedRotary]) -> None:
-    """Make the text models of a patched model plan their requests.
+class PrepareCache(StandIn):
+    """Stands in for transformers' preparation of a cache, which knows the request's length."""
+
+    name = "_prepare_cache_for_generation"
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Prepare the cache and note how long the request will be."""
+        result = self.stock(*args, **kwargs)
+        values = self.__signature__.bind(*args, **kwargs).arguments
+        _prepare(values["generation_config"], values["model_kwargs"], values["max_cache_length"])
+        return result
+
+
+def planning_changes(model: nn.Module, swaps: Sequence[SwapRotary]) -> list[Change]:
+    """Return the changes that make the text models of a model plan their requests.
+
+    Args:
+        model: The model.
+        swaps: Its new rotary modules.
 
     Raises:
         UnsupportedModelError: If the installed transformers prepares caches in another way.
     """
     from transformers import GenerationMixin
 
-    for around in innermost_models(model, rotaries):
+    changes: list[Change] = []
+    generating: dict[int, nn.Module] = {}
+    for around in innermost_models(model, [swap.module.path for swap in swaps]):
         inner = around[0]
-        own = list(inner.modules())
-        planner = Planner(inner, [rotary for rotary in rotaries.values() if rotary in own])
-        inner.register_forward_pre_hook(BeforeForward(planner), with_kwargs=True)
-        inner.register_forward_hook(AfterForward(planner), with_kwargs=True, always_call=True)
-        for outer in around:
-            if not isinstance(outer, GenerationMixin):
-                continue
-            known = inspect.signature(getattr(type(outer), PREPARES, lambda: None)).parameters
-            if not {"generation_config", "model_kwargs", "max_cache_length"} <= set(known):
-                raise UnsupportedModelError(
-                    f"{type(outer).__name__} does not prepare its cache as transformers 5.23 does, "
-                    f"so a request cannot be planned; nothing was changed."
-                )
-            for name in ("generate", PREPARES):
-                outer.__dict__.setdefault(name, Generate(outer, name))
-
-
-def remove(model: nn.Module) -> None:
-    """Undo `install`."""
-    remove_hooks(model, HOOKS)
-    for part in model.modules():
-        for name in ("generate", PREPARES):
-            if isinstance(part.__dict__.get(name), Generate):
-                del part.__dict__[name]
-
-
-def is_installed(model: nn.Module) -> bool:
-    """Return whether a model plans its requests."""
-    return any(
-        isinstance(hook, HOOKS) for part in model.modules() for hook in part._forward_hooks.values()
-    )
+        parts = set(inner.modules())
+        rotaries = [swap.module for swap in swaps if swap.parents & parts]
+        planner = Planner(inner, rotaries)
+        changes.append(AddHooks(inner, planner.begin, planner.end))
+        generating |= {id(part): part for part in around if isinstance(part, GenerationMixin)}
+    for part in generating.values():
+        prepare = getattr(type(part), PrepareCache.name, lambda: None)
+        known = inspect.signature(prepare).parameters
+        if not {"generation_config", "model_kwargs", "max_cache_length"} <= set(known):
+            raise UnsupportedModelError(
+                f"{type(part).__name__} does not prepare its cache as transformers 5.23 does, so a "
+                f"request cannot be planned; nothing was changed."
+            )
+        # a method that somebody has put on the instance stays
+        changes += [
+            stand_in(part).change()
+            for stand_in in (Generate, PrepareCache)
+            if stand_in.name not in vars(part)
+        ]
+    return changes
 
 
 @contextmanager

@@ -39,7 +39,7 @@ class Planner:
         self.layout: KeyLayout | None = None
 
     def begin(self, model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-        """Find or make the plan of a call.
+        """Find or make the plan of a call: a forward pre-hook.
 
         Raises:
             RopeError: If the cache was filled under another plan, or has outgrown its own where
@@ -56,8 +56,13 @@ class Planner:
         call.owner, call.outer = self, RUNNING.call
         RUNNING.call = call
 
-    def end(self, output: Any) -> None:
-        """Hand the plan over to the cache that the call made, and report it."""
+    def end(
+        self, model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Any
+    ) -> None:
+        """Hand the plan over to the cache that the call made, and report it: a forward hook.
+
+        It also runs where the forward raised; there is no output then.
+        """
         call = RUNNING.call
         if call is None or call.owner is not self:
             return  # `begin` raised

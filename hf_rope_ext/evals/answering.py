@@ -122,7 +122,7 @@ def fixed_frequencies(model: nn.Module) -> bool:
     """Return whether a token's keys are the same whatever the length of its request."""
     patch = patch_of(model)
     if patch is not None:
-        return not patch.resolved.method.length_dependent
+        return not patch.method.length_dependent
     config = getattr(model, "config", None)
     if config is None:
         return False

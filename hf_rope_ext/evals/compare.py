@@ -86,7 +86,7 @@ class Comparison:
     def trained(self) -> int:
         """The trained length."""
         patch = patch_of(self.model)
-        sites = read_sites(self.model) if patch is None else patch.resolved.sites
+        sites = read_sites(self.model) if patch is None else patch.sites
         return sites[0].geometry.original_max_position_embeddings
 
     def settings(self) -> dict[str, Any]:
@@ -200,7 +200,7 @@ def evaluate(
             output directory holds something else.
     """
     patch = patch_of(model)
-    method = NoScaling() if patch is None else patch.resolved.method
+    method = NoScaling() if patch is None else patch.method
     asked = Comparison(model, tokenizer, text, {}, (1,))
     found = parse_lengths(",".join(map(str, lengths)), asked.trained)
     config = model.config.get_text_config()  # type: ignore[union-attr, operator]

@@ -60,7 +60,7 @@ def patch(model: nn.Module, recipe: Recipe, factor: float | None = None) -> int:
         RopeError: If it cannot be served.
     """
     before = patch_of(model)
-    geometry = (before.resolved.sites if before else _sites(model, recipe))[0].geometry
+    geometry = (before.sites if before else _sites(model, recipe))[0].geometry
     trained = geometry.original_max_position_embeddings
     factor = factor or recipe.factor
     if recipe.target_length is not None:
@@ -87,7 +87,7 @@ def patch(model: nn.Module, recipe: Recipe, factor: float | None = None) -> int:
 def trained_length(model: nn.Module) -> int:
     """Return the trained length of a patched model, in positions."""
     found = patch_of(model)
-    sites = found.resolved.sites if found else read_sites(model)
+    sites = found.sites if found else read_sites(model)
     return sites[0].geometry.original_max_position_embeddings
 
 

@@ -27,7 +27,7 @@ def text_model(model: nn.Module) -> tuple[str, nn.Module]:
         RopeError: If there is no rotary embedding, or several text models.
     """
     patch = patch_of(model)
-    config = patch.resolved.sites[0].config if patch else find_rotaries(model)[0].config
+    config = patch.sites[0].config if patch else find_rotaries(model)[0].config
     found = [
         (path, module)
         for path, module in model.named_modules()

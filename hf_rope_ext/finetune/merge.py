@@ -37,13 +37,13 @@ def merge_adapter(
     model: Any = load_pretrained(adapter, **kwargs)
     patch = patch_of(model)
     if patch is not None and frozen is not None:
-        first = patch.resolved.sites[0].geometry
-        method = patch.resolved.method.freeze(first, frozen)
+        first = patch.sites[0].geometry
+        method = patch.method.freeze(first, frozen)
         patch_model(
             model,
             method,
             original_max_position_embeddings=first.original_max_position_embeddings,
-            temperature=patch.resolved.temperature,
+            temperature=patch.temperature,
             replace=True,
         )
     if patch is not None:

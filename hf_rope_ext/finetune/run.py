@@ -343,9 +343,9 @@ def _spread() -> bool:
 def _require_one_plan(model: nn.Module) -> None:
     """Refuse a plan that follows the length, where no device knows a sequence's length."""
     patch = patch_of(model)
-    if patch is not None and patch.resolved.method.length_dependent and _spread():
+    if patch is not None and patch.method.length_dependent and _spread():
         raise RopeError(
-            f"the plan of {patch.resolved.method.name!r} depends on the length of a sequence, "
+            f"the plan of {patch.method.name!r} depends on the length of a sequence, "
             f"which the launcher spreads over several devices (context or sequence parallelism); "
             f"use a static method, such as yarn."
         )

@@ -10,9 +10,9 @@ import copy
 import logging
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
 from typing import Any
 
+from hf_rope_ext.changes import SetAttributes
 from hf_rope_ext.errors import ExportError
 from hf_rope_ext.geometry import FrequencyPlan, RopeGeometry
 from hf_rope_ext.methods import Method, method_record
@@ -50,14 +50,6 @@ REST = 1e30
 """The slowdown that stands for a pair at rest: its frequency is then 0 for every position."""
 
 
-@dataclass(frozen=True)
-class ConfigChange:
-    """New attributes of one config."""
-
-    config: Config
-    attributes: Mapping[str, Any]
-
-
 def config_changes(
     sites: Sequence[RopeSite],
     method: Method,
@@ -66,7 +58,7 @@ def config_changes(
     temperature: str,
     settings: Mapping[str, Any],
     has_stock_form: bool = True,
-) -> list[ConfigChange]:
+) -> list[SetAttributes]:
     """Return what the configs of a patched model shall say.
 
     Args:
@@ -100,7 +92,7 @@ def config_changes(
             **settings,
             "unscaled": unscaled,
         }
-        changes.append(ConfigChange(config, attributes))
+        changes.append(SetAttributes(config, attributes))
     return changes
 
 

@@ -1,33 +1,16 @@
 """What a method's temperature does to attention logits, and where it is put."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
 
+from hf_rope_ext.changes import SetAttributes
 from hf_rope_ext.errors import UnsupportedModelError
 from hf_rope_ext.geometry import FrequencyPlan
 from hf_rope_ext.methods import Method
 from hf_rope_ext.models.find import owned_modules
 from hf_rope_ext.models.sites import RopeSite
-
-
-@dataclass(frozen=True, eq=False)
-class SoftmaxChange:
-    """A new softmax scale of one attention module."""
-
-    module: nn.Module
-    before: float
-    after: float
-
-    def apply(self) -> None:
-        """Set the new scale."""
-        self.module.scaling = self.after  # type: ignore[assignment]
-
-    def revert(self) -> None:
-        """Set the old scale."""
-        self.module.scaling = self.before  # type: ignore[assignment]
 
 
 def effective_logit_factor(site: RopeSite, attention_scaling: float) -> float:
@@ -46,7 +29,7 @@ def effective_logit_factor(site: RopeSite, attention_scaling: float) -> float:
 
 def softmax_changes(
     model: nn.Module, sites: list[RopeSite], method: Method, temperature: str
-) -> list[SoftmaxChange]:
+) -> list[SetAttributes]:
     """Return the softmax scales that a method changes.
 
     Two things do: ``temperature="logits"``, and ``mscale_all_dim`` in the families whose stock
@@ -62,7 +45,7 @@ def softmax_changes(
         if plan is not None:
             after = _softmax_scale(module, sites[0], plan, temperature)
             if after != module.scaling:
-                changes.append(SoftmaxChange(module, float(module.scaling), after))  # type: ignore[arg-type]
+                changes.append(SetAttributes(module, {"scaling": after}))
     wanted = any(plan.attention_scaling != 1.0 for plan in plans.values())
     if temperature == "logits" and wanted and not changes:
         raise UnsupportedModelError(

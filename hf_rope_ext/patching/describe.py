@@ -167,21 +167,19 @@ def describe(model: nn.Module, request: Any = None) -> Description:
         entries = [_unpatched(site) for site in sites]
         notes = [f"{site.path}: {site.rebuilt}" for site in sites if site.rebuilt]
     else:
-        sites = patch.resolved.sites
+        sites = patch.sites
         length = None if request is None else _planned_length(request)
-        entries = [
-            entry for site in sites for entry in _patched(site, model, patch.resolved, length)
-        ]
-        notes = advice(patch.resolved)
+        entries = [entry for site in sites for entry in _patched(site, model, patch, length)]
+        notes = advice(patch)
     config = sites[0].config
-    method = None if patch is None else method_record(patch.resolved.method)
+    method = None if patch is None else method_record(patch.method)
     return Description(
         model_type=config.model_type,
         method=method,
         factor=None if method is None else method.get("factor"),
         max_position_embeddings=getattr(config, "max_position_embeddings", None),
-        mrope_layout=_settings(None if patch is None else patch.resolved.layout),
-        visual_positions=_settings(None if patch is None else patch.resolved.visual),
+        mrope_layout=_settings(None if patch is None else patch.layout),
+        visual_positions=_settings(None if patch is None else patch.visual),
         modules=len({site.path for site in sites}),
         sites=tuple(entries),
         notes=tuple(notes),
@@ -194,7 +192,7 @@ def _vision(model: nn.Module) -> Description | None:
     patch = patch_of(model, "vision")
     if patch is None:
         return None
-    resolved = patch.resolved
+    resolved = patch
     method = method_record(resolved.method)
     return Description(
         model_type=resolved.sites[0].config.model_type,

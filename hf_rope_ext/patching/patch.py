@@ -9,10 +9,11 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
-from hf_rope_ext.cache import generation as caching
-from hf_rope_ext.cache import rope_deltas as deltas
+from hf_rope_ext.cache.generation import planning_changes
+from hf_rope_ext.cache.rope_deltas import note_changes
+from hf_rope_ext.changes import Change, apply_all, revert_all
 from hf_rope_ext.errors import (
     AlreadyScaledError,
     NotPatchedError,
@@ -20,16 +21,15 @@ from hf_rope_ext.errors import (
     UnsupportedModelError,
 )
 from hf_rope_ext.methods import Method
-from hf_rope_ext.models.family import Config
-from hf_rope_ext.patching import placed_index as visual
 from hf_rope_ext.patching.advice import advice
+from hf_rope_ext.patching.placed_index import placement_changes
 from hf_rope_ext.patching.probe import probe_attention, probe_rotary, probe_towers
 from hf_rope_ext.patching.resolve import TARGETS, PatchArguments, resolve
 from hf_rope_ext.positions.layouts import MRopeLayout
 from hf_rope_ext.positions.placement import VisualPositions
 from hf_rope_ext.rotary.extended import ExtendedRotary
 from hf_rope_ext.rotary.extended_table import ExtendedTable
-from hf_rope_ext.rotary.installed import ConfigBefore, Patch, Resolved, patch_of
+from hf_rope_ext.rotary.installed import Resolved, SwapRotary, find_places, patch_of
 from hf_rope_ext.rotary.request_plan import RequestPlan
 from hf_rope_ext.rotary.vision_towers import smallest_images
 
@@ -109,7 +109,7 @@ def patch_model(
     if previous is not None and not replace:
         part = "model is" if target == "text" else f"model's {target} is"
         raise AlreadyScaledError(
-            f"the {part} already patched with {previous.resolved.method!r}; nothing was changed. "
+            f"the {part} already patched with {previous.method!r}; nothing was changed. "
             f"Call unpatch_model first, or pass replace=True."
         )
     arguments = PatchArguments(
@@ -130,18 +130,19 @@ def patch_model(
         on_plan=on_plan,
         target=target,
     )
-    with _unchanged_on_error(model, previous, target):
+    with _set_aside(previous):
         resolved = resolve(arguments, model)
         _require_loaded(resolved)
-        rotaries = _install(model, resolved)
-        if probe and target == "vision":
-            probe_towers(resolved.sites, rotaries)
-            probe_attention(model, rotaries, smallest_images)
-        elif probe:
-            probe_rotary(rotaries)
-            probe_attention(model, rotaries)
-        for note in advice(resolved):
-            warnings.warn(note, RopeWarning, stacklevel=2)
+        resolved.changes.extend(_changes(model, resolved))
+        apply_all(resolved.changes)
+        try:
+            if probe:
+                _probe(model, resolved)
+            for note in advice(resolved):
+                warnings.warn(note, RopeWarning, stacklevel=2)
+        except BaseException:
+            revert_all(resolved.changes)
+            raise
     return model
 
 
@@ -163,8 +164,7 @@ def unpatch_model(model: nn.Module, target: str | None = None) -> nn.Module:
     if not patches:
         part = "" if target is None else f" in its {target} model"
         raise NotPatchedError(f"{type(model).__name__} is not patched{part}; nothing was changed.")
-    for patch in patches:
-        _uninstall(model, patch)
+    revert_all([change for patch in patches for change in patch.changes])
     return model
 
 
@@ -173,11 +173,18 @@ def patched(
     model: nn.Module, method: str | Method | Mapping[str, str | Method], **arguments: Any
 ) -> Iterator[nn.Module]:
     """Patch a model for the duration of a ``with`` block; arguments are `patch_model`'s."""
+    target = arguments.get("target", "text")
+    before = patch_of(model, target)
     patch_model(model, method, **arguments)
     try:
         yield model
     finally:
-        unpatch_model(model, arguments.get("target", "text"))
+        after = patch_of(model, target)
+        if after is not before:  # whatever was patched or undone within the block
+            if after is not None:
+                revert_all(after.changes)
+            if before is not None:
+                apply_all(before.changes)
 
 
 def _require_loaded(resolved: Resolved) -> None:
@@ -189,17 +196,12 @@ def _require_loaded(resolved: Resolved) -> None:
             )
 
 
-def _install(model: nn.Module, resolved: Resolved) -> dict[str, ExtendedRotary]:
-    """Swap the rotary modules in and bring the configs in step.
-
-    Returns:
-        The new modules by path.
-    """
-    patch = Patch(resolved, [])
-    extended: dict[str, ExtendedRotary] = {}
+def _changes(model: nn.Module, resolved: Resolved) -> list[Change]:
+    """Return every change that a patch makes, in the order in which they are applied."""
+    swaps: dict[str, SwapRotary] = {}
     for site in resolved.sites:
         rotary = site.rotary
-        if rotary.path in extended:
+        if rotary.path in swaps:
             continue
         rotations = {
             other.label: rotation
@@ -207,128 +209,44 @@ def _install(model: nn.Module, resolved: Resolved) -> dict[str, ExtendedRotary]:
             if other.rotary.path == rotary.path
         }
         build = ExtendedTable if rotary.family.table else ExtendedRotary
-        extended[rotary.path] = module = build(
+        module = build(
             rotary.original,
             rotations,
-            patch,
+            resolved,
             path=rotary.path,
             reads_config=rotary.family.reads_config,
         )
-        for parent, name in _places(model, rotary.original):
-            setattr(parent, name, module)
-        _keep_hook(rotary.original, module)
-    for softmax in resolved.softmax:
-        softmax.apply()
-    if resolved.method.length_dependent and resolved.rotations[0].policy.compat is None:
-        caching.install(model, extended)
+        swaps[rotary.path] = SwapRotary(module, find_places(model, rotary.original))
+    changes: list[Change] = [*swaps.values(), *resolved.softmax]
     if resolved.target == "text":
-        deltas.install(model, extended)
-    _install_visual(model, resolved)
-    for change in resolved.configs:
-        patch.configs_before.append(_set_attributes(change.config, change.attributes))
-    return extended
-
-
-def _install_visual(model: nn.Module, resolved: Resolved) -> None:
+        if resolved.method.length_dependent and resolved.rotations[0].policy.compat is None:
+            changes += planning_changes(model, list(swaps.values()))
+        changes += note_changes(model, list(swaps.values()))
     if resolved.visual is not None:
         configs = [site.config for site in resolved.sites]
-        visual.install(model, configs, resolved.visual, resolved.axes)
+        changes += placement_changes(model, configs, resolved.visual, resolved.axes)
+    return [*changes, *resolved.configs]
 
 
-def _uninstall(model: nn.Module, patch: Patch) -> Callable[[], None]:
-    """Put everything back.
-
-    Returns:
-        A function that undoes this.
-    """
-    removed = []
-    text = patch.resolved.target == "text"
-    plans = text and caching.is_installed(model)
-    extended = [part for part in model.modules() if isinstance(part, ExtendedRotary)]
-    for module in [part for part in extended if part.patch is patch]:
-        original = module.take_original()
-        for parent, name in _places(model, module):
-            removed.append((parent, name, module))
-            if isinstance(original, Tensor):
-                delattr(parent, name)
-                parent.register_buffer(name, original, persistent=False)
-            else:
-                setattr(parent, name, original)
-    if text:
-        caching.remove(model)
-        deltas.remove(model)
-        visual.remove(model)
-    for softmax in patch.resolved.softmax:
-        softmax.revert()
-    after = [_restore_attributes(before) for before in patch.configs_before]
-
-    def reinstall() -> None:
-        for parent, name, module in removed:
-            setattr(parent, name, module)
-        rotaries = {module.path: module for _, _, module in removed}
-        if plans:
-            caching.install(model, rotaries)
-        if text:
-            deltas.install(model, rotaries)
-        _install_visual(model, patch.resolved)
-        for softmax in patch.resolved.softmax:
-            softmax.apply()
-        patch.configs_before = [_set_attributes(config, values) for config, values in after]
-
-    return reinstall
+def _probe(model: nn.Module, resolved: Resolved) -> None:
+    """Prove that the patch took effect."""
+    rotaries = resolved.rotaries
+    if resolved.target == "vision":
+        probe_towers(resolved.sites, rotaries)
+        probe_attention(model, rotaries, smallest_images)
+    else:
+        probe_rotary(rotaries)
+        probe_attention(model, rotaries)
 
 
 @contextmanager
-def _unchanged_on_error(model: nn.Module, previous: Patch | None, target: str) -> Iterator[None]:
-    """Take a previous patch out, and on an error put everything back as it was."""
-    reinstall = _uninstall(model, previous) if previous is not None else None
+def _set_aside(patch: Resolved | None) -> Iterator[None]:
+    """Revert a patch; on an error in the ``with`` block, apply it again."""
+    if patch is not None:
+        revert_all(patch.changes)
     try:
         yield
     except BaseException:
-        half_done = patch_of(model, target)
-        if half_done is not None:
-            _uninstall(model, half_done)
-        if reinstall is not None:
-            reinstall()
+        if patch is not None:
+            apply_all(patch.changes)
         raise
-
-
-def _places(model: nn.Module, original: nn.Module | Tensor) -> list[tuple[nn.Module, str]]:
-    """Return every parent and name under which a module or buffer hangs."""
-    return [
-        (parent, name)
-        for parent in model.modules()
-        for name, held in [*parent._modules.items(), *parent._buffers.items()]
-        if held is original
-    ]
-
-
-def _keep_hook(original: nn.Module | Tensor, module: ExtendedRotary) -> None:
-    """Give the new module the hook with which accelerate moves inputs to the old one's device."""
-    hook = getattr(original, "_hf_hook", None)
-    if hook is not None:
-        from accelerate.hooks import add_hook_to_module
-
-        add_hook_to_module(module, hook)
-
-
-def _set_attributes(config: Config, attributes: Mapping[str, Any]) -> ConfigBefore:
-    before = {name: getattr(config, name) for name in attributes if hasattr(config, name)}
-    for name, value in attributes.items():
-        setattr(config, name, value)
-    return ConfigBefore(config, before, tuple(name for name in attributes if name not in before))
-
-
-def _restore_attributes(before: ConfigBefore) -> tuple[Config, dict[str, Any]]:
-    """Restore a config.
-
-    Returns:
-        The config and the attributes it had until now.
-    """
-    config = before.config
-    after = {name: getattr(config, name) for name in (*before.values, *before.added)}
-    for name, value in before.values.items():
-        setattr(config, name, value)
-    for name in before.added:
-        delattr(config, name)
-    return config, after

@@ -4,26 +4,23 @@ A vision-language model computes the positions of images, videos and text in one
 a stand-in on the instance patched; its class stays as it is.
 """
 
-import inspect
 from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from hf_rope_ext.changes import SetAttributes, StandIn
 from hf_rope_ext.errors import UnsupportedModelError
 from hf_rope_ext.models.family import Config, family_of, text_configs
 from hf_rope_ext.positions.placement import VisualPositions, place_visual_tokens
-
-INDEX = "get_rope_index"
-"""The method that computes the positions of a request."""
 
 VISUAL_KINDS = (1, 2)
 """Image and video in ``mm_token_type_ids``; audio takes positions as text does."""
 
 
-class PlacedIndex:
-    """What stands in for a model's ``get_rope_index``.
+class PlacedIndex(StandIn):
+    """Stands in for the method that computes the positions of a request.
 
     Args:
         model: The model.
@@ -32,17 +29,15 @@ class PlacedIndex:
         next_text: Its own rule for the text behind them.
     """
 
+    name = "get_rope_index"
+
     def __init__(
         self, model: nn.Module, rule: VisualPositions, axes: tuple[str, ...], next_text: str
     ) -> None:
-        self.model = model
+        super().__init__(model)
         self.rule = rule
         self.axes = axes
         self.next_text = next_text
-
-    @property
-    def __signature__(self) -> inspect.Signature:
-        return inspect.signature(getattr(type(self.model), INDEX).__get__(self.model))
 
     def __call__(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Return positions ``(axes, batch, seq)`` and how far they lag behind the tokens.
@@ -50,7 +45,7 @@ class PlacedIndex:
         Raises:
             RopeError: If the model did not place its visual tokens as it is known to.
         """
-        positions, _ = getattr(type(self.model), INDEX)(self.model, *args, **kwargs)
+        positions, _ = self.stock(*args, **kwargs)
         given = self.__signature__.bind(*args, **kwargs).arguments
         ids, mask = given["input_ids"], given.get("attention_mask")
         visual = self._visual(ids, given.get("mm_token_type_ids"))
@@ -75,10 +70,10 @@ class PlacedIndex:
         return visual
 
 
-def install(
+def placement_changes(
     model: nn.Module, configs: list[Config], rule: VisualPositions, axes: tuple[str, ...]
-) -> None:
-    """Make the models around a text model place visual tokens by a rule.
+) -> list[SetAttributes]:
+    """Return the changes that make the models around a text model place visual tokens by a rule.
 
     Args:
         model: The model to look in.
@@ -89,14 +84,13 @@ def install(
     Raises:
         UnsupportedModelError: If none computes positions of visual tokens.
     """
-    found = list(_indexed(model, configs))
-    if not found:
+    parts = list(_indexed(model, configs))
+    if not parts:
         raise UnsupportedModelError(
             f"visual_positions: no part of {type(model).__name__} places visual tokens (none has "
-            f"{INDEX}); nothing was changed."
+            f"{PlacedIndex.name}); nothing was changed."
         )
-    for part, next_text in found:
-        part.__dict__[INDEX] = PlacedIndex(part, rule, axes, next_text)
+    return [PlacedIndex(part, rule, axes, next_text).change() for part, next_text in parts]
 
 
 def places_tokens(model: nn.Module, configs: list[Config]) -> bool:
@@ -108,17 +102,10 @@ def places_tokens(model: nn.Module, configs: list[Config]) -> bool:
     return any(_indexed(model, configs))
 
 
-def remove(model: nn.Module) -> None:
-    """Undo `install`."""
-    for part in model.modules():
-        if isinstance(part.__dict__.get(INDEX), PlacedIndex):
-            del part.__dict__[INDEX]
-
-
 def _indexed(model: nn.Module, configs: list[Config]) -> Iterator[tuple[nn.Module, str]]:
     """Yield the models that place tokens for one of some text models, with their rule for text."""
     for part in model.modules():
-        if not hasattr(type(part), INDEX):
+        if not hasattr(type(part), PlacedIndex.name):
             continue
         whole: Config = part.config
         if any(own is config for own in text_configs(whole) for config in configs):

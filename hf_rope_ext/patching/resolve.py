@@ -26,7 +26,7 @@ from hf_rope_ext.methods import (
     split_name,
 )
 from hf_rope_ext.models.family import setting
-from hf_rope_ext.models.rope_config import config_changes
+from hf_rope_ext.models.rope_config import RECORD, config_changes
 from hf_rope_ext.models.sites import RopeSite, read_sites
 from hf_rope_ext.models.temperature import softmax_changes
 from hf_rope_ext.patching.placed_index import places_tokens
@@ -148,20 +148,22 @@ def resolve(arguments: PatchArguments, model: nn.Module) -> Resolved:
         **({} if changed is None else {"mrope_layout": asdict(changed)}),
         **({} if visual is None else {"visual_positions": visual.to_dict()}),
     }
+    configs = config_changes(
+        sites,
+        method,
+        target_length=target,
+        temperature=arguments.temperature,
+        settings=settings,
+        has_stock_form=changed is None and visual is None,
+    )
     return Resolved(
         method=method,
         sites=sites,
         rotations=rotations,
         temperature=arguments.temperature,
         softmax=softmax_changes(model, sites, method, arguments.temperature),
-        configs=config_changes(
-            sites,
-            method,
-            target_length=target,
-            temperature=arguments.temperature,
-            settings=settings,
-            has_stock_form=changed is None and visual is None,
-        ),
+        configs=configs,
+        record=configs[0].values[RECORD],
         layout=changed,
         visual=visual,
         axes=axes,
@@ -191,13 +193,15 @@ def _resolve_vision(arguments: PatchArguments, model: nn.Module) -> Resolved:
     ]
     for site, rotation in zip(sites, rotations, strict=True):
         _require_finite(site, method, *rotation.trained_plan())
+    configs = tower_changes(sites, method, {"target_length": arguments.target_length})
     return Resolved(
         method=method,
         sites=sites,
         rotations=list(rotations),
         temperature=arguments.temperature,
         softmax=[],
-        configs=tower_changes(sites, method, {"target_length": arguments.target_length}),
+        configs=configs,
+        record=configs[0].values[RECORD],
         layout=None,
         visual=None,
         axes=names,

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from hf_rope_ext.errors import RopeError
 from hf_rope_ext.models.family import Config, family_of
 from hf_rope_ext.models.sites import RopeSite, read_sites
-from hf_rope_ext.patching.placed_index import INDEX, PlacedIndex
+from hf_rope_ext.patching.placed_index import PlacedIndex
 from hf_rope_ext.rotary.axes import axis_names
 from hf_rope_ext.rotary.installed import patch_of
 
@@ -104,7 +104,7 @@ def request_length(model: nn.Module, *, max_new_tokens: int = 0, **inputs: Any) 
             f"padding; got {tuple(mask.shape)}."
         )
     patch = patch_of(model)
-    site = (read_sites(model) if patch is None else patch.resolved.sites)[0]
+    site = (read_sites(model) if patch is None else patch.sites)[0]
     part = position_rule(model, site)
     axes = axis_names(site.rotary, site.label)
     positions = inputs.get("position_ids")
@@ -204,8 +204,8 @@ def _rule_positions(part: Any, inputs: dict[str, Any]) -> Tensor | None:
 def _copied(part: Any) -> Any:
     """Return a stand-in that takes what some rules leave on their model for the next call."""
     copied = copy.copy(part)
-    if isinstance(own := copied.__dict__.get(INDEX), PlacedIndex):
-        copied.__dict__[INDEX] = PlacedIndex(copied, own.rule, own.axes, own.next_text)
+    if isinstance(own := copied.__dict__.get(PlacedIndex.name), PlacedIndex):
+        copied.__dict__[PlacedIndex.name] = PlacedIndex(copied, own.rule, own.axes, own.next_text)
     return copied
 
 

@@ -53,21 +53,26 @@ class ExtendedRotary(nn.Module):
         self.path = path
         self.stock_length: Tensor | None = None
         self.reads_config = reads_config
+        self.follow(original)
+        # not registered as a submodule: nothing that walks the model should see it
+        self.__dict__["original"] = original
+
+    def follow(self, original: nn.Module | Tensor) -> None:
+        """Take over the device, the mode and the learned tensors of the original."""
         device = _device(original)
         persistent: dict[str, Any] = {}
         if isinstance(original, nn.Module):
+            self.training = original.training
             persistent = original.state_dict(keep_vars=True)
             for name, tensor in persistent.items():
                 setattr(
                     self, name, tensor if isinstance(tensor, nn.Parameter) else nn.Buffer(tensor)
                 )
-        for label in self.rotations:
-            frequencies, scaling = self.rotations[label].trained_plan()
+        for label, rotation in self.rotations.items():
+            frequencies, scaling = rotation.trained_plan()
             name = _key(label, "inv_freq")
             self.register_buffer(name, frequencies.to(device), persistent=name in persistent)
             setattr(self, _key(label, "attention_scaling"), scaling)
-        # not registered as a submodule: nothing that walks the model should see it
-        self.__dict__["original"] = original
 
     def forward(
         self, x: Tensor, position_ids: Tensor | None = None, layer_type: str | None = None
@@ -177,6 +182,7 @@ class ExtendedRotary(nn.Module):
         """Return the original, with what was loaded, moved or trained meanwhile."""
         original = self.__dict__["original"]
         if isinstance(original, nn.Module):
+            original.training = self.training
             for name in original.state_dict():
                 if not name.endswith("inv_freq"):
                     setattr(original, name, getattr(self, name))

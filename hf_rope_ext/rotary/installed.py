@@ -1,20 +1,14 @@
-"""What a patch in force consists of."""
+"""What a patch in force consists of, and where it is found."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
-from hf_rope_ext.errors import (
-    UnsupportedModelError,
-)
-from hf_rope_ext.methods import (
-    Method,
-)
-from hf_rope_ext.models.family import Config
-from hf_rope_ext.models.rope_config import ConfigChange
+from hf_rope_ext.changes import Change, SetAttributes
+from hf_rope_ext.errors import UnsupportedModelError
+from hf_rope_ext.methods import Method
 from hf_rope_ext.models.sites import RopeSite
-from hf_rope_ext.models.temperature import SoftmaxChange
 from hf_rope_ext.positions.layouts import MRopeLayout
 from hf_rope_ext.positions.placement import VisualPositions
 from hf_rope_ext.rotary.extended import ExtendedRotary
@@ -23,43 +17,104 @@ from hf_rope_ext.rotary.rotation import Rotation
 
 @dataclass(frozen=True, eq=False)
 class Resolved:
-    """What a request comes down to on one model."""
+    """What the arguments of `patch_model` come down to on one model.
+
+    Args:
+        method: The method.
+        sites: The sets of frequencies it extends.
+        rotations: How each of them is computed.
+        temperature: Where the method's temperature goes.
+        softmax: The softmax scales that change.
+        configs: The config attributes that change.
+        record: What the first config keeps, enough to patch the model again.
+        layout: The M-RoPE layout in place of the trained one, None where that is used.
+        visual: How visual tokens are placed, None where as the model does it.
+        axes: Names of the position axes.
+        target: ``"text"`` or ``"vision"``.
+        changes: All that the patch does to the model, in the order in which it is applied.
+    """
 
     method: Method
     sites: list[RopeSite]
     rotations: list[Rotation]
     temperature: str
-    softmax: list[SoftmaxChange]
-    configs: list[ConfigChange]
+    softmax: list[SetAttributes]
+    configs: list[SetAttributes]
+    record: dict[str, Any]
     layout: MRopeLayout | None
     visual: VisualPositions | None
     axes: tuple[str, ...]
     target: str = "text"
+    changes: list[Change] = field(default_factory=list)
 
     @property
     def has_stock_form(self) -> bool:
         """Whether pairs and tokens stand where stock transformers has them, whatever the method."""
         return self.visual is None and self.layout is None
 
-
-@dataclass(eq=False)
-class Patch:
-    """What one `patch_model` did, for undoing it; its rotary modules all refer to it."""
-
-    resolved: Resolved
-    configs_before: list["ConfigBefore"]
+    @property
+    def rotaries(self) -> dict[str, ExtendedRotary]:
+        """The rotary modules put in, by path."""
+        swaps = [change for change in self.changes if isinstance(change, SwapRotary)]
+        return {swap.module.path: swap.module for swap in swaps}
 
 
 @dataclass(eq=False)
-class ConfigBefore:
-    """Attributes of a config as they were; those ``added`` were not there."""
+class SwapRotary:
+    """An `ExtendedRotary` in the place of the rotary module, or the table, that it stands in for.
 
-    config: Config
-    values: dict[str, Any]
-    added: tuple[str, ...]
+    Args:
+        module: The new module.
+        places: Every parent and name under which the original hangs.
+    """
+
+    module: ExtendedRotary
+    places: list[tuple[nn.Module, str]]
+    applied: bool = field(default=False, init=False)
+
+    @property
+    def parents(self) -> set[nn.Module]:
+        """The modules in which it hangs."""
+        return {parent for parent, _ in self.places}
+
+    def apply(self) -> None:
+        """Put the new module in."""
+        self.applied = True
+        self.module.follow(self.module.original)
+        for parent, name in self.places:
+            setattr(parent, name, self.module)
+        hook = getattr(self.module.original, "_hf_hook", None)
+        if hook is not None:  # accelerate moves inputs to the original's device with it
+            from accelerate.hooks import add_hook_to_module
+
+            add_hook_to_module(self.module, hook)
+
+    def revert(self) -> None:
+        """Put the original back, with what was loaded, moved or trained meanwhile."""
+        if not self.applied:
+            return
+        original = self.module.take_original()
+        for parent, name in self.places:
+            if isinstance(original, Tensor):
+                if name in parent._modules:
+                    delattr(parent, name)
+                parent.register_buffer(name, original, persistent=False)
+            else:
+                setattr(parent, name, original)
+        self.applied = False
 
 
-def patch_of(model: nn.Module, target: str = "text") -> Patch | None:
+def find_places(model: nn.Module, original: nn.Module | Tensor) -> list[tuple[nn.Module, str]]:
+    """Return every parent and name under which a module or buffer hangs."""
+    return [
+        (parent, name)
+        for parent in model.modules()
+        for name, part in [*parent._modules.items(), *parent._buffers.items()]
+        if part is original
+    ]
+
+
+def patch_of(model: nn.Module, target: str = "text") -> Resolved | None:
     """Return the patch of a model's text or vision, None where there is none.
 
     Raises:
@@ -71,6 +126,6 @@ def patch_of(model: nn.Module, target: str = "text") -> Patch | None:
         )
     for module in model.modules():
         patch = module.patch if isinstance(module, ExtendedRotary) else None
-        if isinstance(patch, Patch) and patch.resolved.target == target:
+        if isinstance(patch, Resolved) and patch.target == target:
             return patch
     return None

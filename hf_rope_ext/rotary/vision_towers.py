@@ -13,12 +13,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from hf_rope_ext.changes import SetAttributes
 from hf_rope_ext.errors import AlreadyScaledError, MethodParameterError, UnsupportedModelError
 from hf_rope_ext.geometry import FrequencyPlan, RopeGeometry
 from hf_rope_ext.methods import Method, PerAxis, method_record
 from hf_rope_ext.models.family import Config, setting
 from hf_rope_ext.models.find import find_towers
-from hf_rope_ext.models.rope_config import RECORD, ConfigChange
+from hf_rope_ext.models.rope_config import RECORD
 from hf_rope_ext.models.sites import RopeSite, axial_site
 from hf_rope_ext.rotary.axes import assign_axes, read_pairs
 from hf_rope_ext.rotary.rotation import Rotation
@@ -125,7 +126,7 @@ def shape_position(original: Any, point: Tensor) -> Tensor:
 
 def tower_changes(
     sites: Sequence[RopeSite], method: Method, settings: Mapping[str, Any]
-) -> list[ConfigChange]:
+) -> list[SetAttributes]:
     """Return what the vision configs of a patched model shall say.
 
     Stock code reads another base. It computes no other scaling of a vision tower, and stops at a
@@ -154,7 +155,7 @@ def tower_changes(
             **settings,
             "unscaled": {"rope_parameters": before},
         }
-        changes.append(ConfigChange(config, {"rope_parameters": after, RECORD: record}))
+        changes.append(SetAttributes(config, {"rope_parameters": after, RECORD: record}))
     return changes
 
 

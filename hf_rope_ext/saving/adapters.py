@@ -9,7 +9,6 @@ import torch
 from torch import nn
 
 from hf_rope_ext.errors import RopeError
-from hf_rope_ext.models.rope_config import RECORD
 from hf_rope_ext.patching.patch import unpatch_model
 from hf_rope_ext.patching.resolve import TARGETS
 from hf_rope_ext.rotary.installed import patch_of
@@ -115,7 +114,7 @@ def weights_record(model: nn.Module) -> dict[str, str] | None:
 def _record(model: nn.Module) -> dict[str, Any] | None:
     """Return the record of a patched model, as JSON gives it back."""
     patches = [patch for target in TARGETS if (patch := patch_of(model, target))]
-    record = merge_records([patch.resolved.configs[0].attributes[RECORD] for patch in patches])
+    record = merge_records([patch.record for patch in patches])
     return json.loads(json.dumps(record))  # type: ignore[no-any-return]
 
 

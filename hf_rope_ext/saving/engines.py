@@ -80,7 +80,7 @@ def export(
             f"stock transformers reads 'ntk' and 'base', and load_pretrained everything."
         )
     if patch is not None:
-        resolved = patch.resolved
+        resolved = patch
     else:
         request = PatchArguments.from_keywords(method, **arguments)
         resolved = resolve(request, skeleton(model_or_config) if model is None else model)

@@ -69,7 +69,7 @@ def test_a_run_leaves_an_adapter_a_log_a_curve_and_numbers(tmp_path, model, data
     expected = logits(done.model.eval(), ids)
     for saved in (out, out / "checkpoint-4"):
         found = load_pretrained(saved).eval()
-        assert patch_of(found).resolved.method.factor == 2
+        assert patch_of(found).method.factor == 2
         torch.testing.assert_close(logits(found, ids), expected, rtol=0, atol=0)
     assert (out / "checkpoint-2" / "hf_rope_ext.json").is_file()
     assert "forward" not in vars(done.model.get_base_model())
@@ -240,7 +240,7 @@ def test_any_trainer_can_remember_the_rope(tmp_path, model, data):
     trainer.train()
 
     found = load_pretrained(tmp_path / "out" / "checkpoint-2")
-    assert patch_of(found).resolved.method.name == "yarn"
+    assert patch_of(found).method.name == "yarn"
 
 
 def test_a_schedule_trains_one_factor_after_the_other(tmp_path, model, data, ids):
@@ -251,8 +251,8 @@ def test_a_schedule_trains_one_factor_after_the_other(tmp_path, model, data, ids
 
     first = load_pretrained(tmp_path / "out" / "stage-1").eval()
     last = load_pretrained(tmp_path / "out").eval()
-    assert patch_of(first).resolved.method.factor == 2
-    assert patch_of(last).resolved.method.factor == 4
+    assert patch_of(first).method.factor == 2
+    assert patch_of(last).method.factor == 4
     torch.testing.assert_close(logits(last, ids), logits(done.model.eval(), ids), rtol=0, atol=0)
     logs = [tmp_path / "out" / "stage-1" / "log.jsonl", tmp_path / "out" / "log.jsonl"]
     steps = [

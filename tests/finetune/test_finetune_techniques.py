@@ -224,8 +224,8 @@ def test_a_run_with_shifted_attention_evaluates_in_full(tmp_path, ids):
 def test_short_windows_run_with_the_original_frequencies_and_long_ones_with_the_scaled(ids):
     stock, scaled, mixed = tiny_llama(), tiny_llama(), tiny_llama()
     patch_model(scaled, "linear", factor=4)
-    geometry = patch_of(scaled).resolved.sites[0].geometry
-    method = windowed(patch_of(scaled).resolved.method, geometry)
+    geometry = patch_of(scaled).sites[0].geometry
+    method = windowed(patch_of(scaled).method, geometry)
     patch_model(mixed, method)
 
     short, long = ids[:, :TRAINED], ids

@@ -87,7 +87,7 @@ def read_settings(metadata: Mapping[str, Any], options: Sequence[str]) -> Settin
 def trained_length_of(model: nn.Module) -> int | None:
     """Return the trained length of a model, None where its config has none."""
     patch = patch_of(model)
-    sites = read_sites(model) if patch is None else patch.resolved.sites
+    sites = read_sites(model) if patch is None else patch.sites
     return sites[0].geometry.original_max_position_embeddings
 
 

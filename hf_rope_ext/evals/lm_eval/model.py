@@ -352,7 +352,7 @@ class RopeHFLM(HFLM):  # type: ignore[misc]
     def _length_dependent(self) -> bool:
         patch = patch_of(self.model)
         if patch is not None:
-            return patch.resolved.method.length_dependent
+            return patch.method.length_dependent
         rope = self._described()
         sites = () if rope is None else rope.sites
         return any(site.scaling in ("dynamic", "longrope") for site in sites)
