@@ -9,12 +9,15 @@ group and lets them attend to the future. Here the shifted heads' first and last
 ones, and no token sees a later one.
 """
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from hf_rope_ext.changes import SetAttributes, apply_all, revert_all
+from hf_rope_ext.checks import require_integer
 from hf_rope_ext.errors import RopeError
 
 NAME = "hf_rope_shifted"
@@ -23,37 +26,59 @@ NAME = "hf_rope_shifted"
 _GROUPS = "_hf_rope_groups"
 
 
-def use_shifted_attention(model: nn.Module, groups: int = 4) -> None:
-    """Make a model attend in shifted groups while it trains.
+class ShiftedAttention:
+    """The change that makes a model attend in shifted groups while it trains.
 
-    In ``eval()`` it computes the full attention, as before.
+    In ``eval()`` the model computes its full attention, as before.
 
     Args:
         model: A transformers model or a PEFT model around one.
-        groups: Into how many groups a sequence is cut; the paper takes 4.
+        groups: Number of groups that a sequence is cut into; the paper takes 4.
 
     Raises:
         RopeError: If the family does not use transformers' attention interface, or ``groups`` is
             less than 2.
     """
-    from transformers import AttentionInterface, PreTrainedModel
-    from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
-    if isinstance(groups, bool) or not isinstance(groups, int) or groups < 2:
-        raise RopeError(f"shifted attention needs at least 2 groups, got {groups!r}.")
-    AttentionInterface.register(NAME, shifted_attention)
-    # without a twin of the same name transformers hands over no mask, padding or not
-    AttentionMaskInterface.register(NAME, sdpa_mask)
-    inner = next((part for part in model.modules() if isinstance(part, PreTrainedModel)), None)
-    if inner is None or not inner._supports_attention_backend:
-        raise RopeError(
-            f"{type(inner or model).__name__} does not use transformers' attention interface, so "
-            f"its attention cannot be replaced; train with full attention."
-        )
-    inner.set_attn_implementation(NAME)
-    for module in model.modules():
-        if "attention" in type(module).__name__.lower():
-            setattr(module, _GROUPS, groups)
+    def __init__(self, model: nn.Module, groups: int = 4) -> None:
+        from transformers import PreTrainedModel
+
+        require_integer("groups", groups, least=2)
+        models = [part for part in model.modules() if isinstance(part, PreTrainedModel)]
+        if not models or not models[0]._supports_attention_backend:
+            raise RopeError(
+                f"{type((models or [model])[0]).__name__} does not use transformers' attention "
+                f"interface, so its attention cannot be replaced; train with full attention."
+            )
+        self.model: Any = models[0]
+        self.groups = [
+            SetAttributes(part, {_GROUPS: groups})
+            for part in model.modules()
+            if "attention" in type(part).__name__.lower()
+        ]
+        self.configs = list({id(c): c for part in models for c in _configs(part.config)}.values())
+        self.before: list[str | None] | None = None
+
+    def apply(self) -> None:
+        """Replace the attention."""
+        from transformers import AttentionInterface
+        from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
+
+        # by these names alone, which no model uses that is not told to
+        AttentionInterface.register(NAME, shifted_attention)
+        # without a twin of the same name transformers hands over no mask, padding or not
+        AttentionMaskInterface.register(NAME, sdpa_mask)
+        self.before = [config._attn_implementation for config in self.configs]
+        self.model.set_attn_implementation(NAME)
+        apply_all(self.groups)
+
+    def revert(self) -> None:
+        """Put the model's own attention back."""
+        revert_all(self.groups)
+        if self.before is not None:
+            for config, implementation in zip(self.configs, self.before, strict=True):
+                config._attn_implementation = implementation
+            self.before = None
 
 
 def shifted_attention(
@@ -119,6 +144,15 @@ def shifted_attention(
     first = attend(slice(0, straight), 0, length, size)
     out = torch.cat((first, torch.cat(shifted, dim=2)), dim=1)
     return out.transpose(1, 2).contiguous(), None
+
+
+def _configs(config: Any) -> Iterator[Any]:
+    """Yield a config and those inside it, outer ones first: setting one reaches those inside."""
+    yield config
+    for name in config.sub_configs:
+        inner = getattr(config, name, None)
+        if inner is not None:
+            yield from _configs(inner)
 
 
 def _attend(

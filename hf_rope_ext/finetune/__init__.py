@@ -1,6 +1,5 @@
 """Fine-tune a patched model for a longer context, with adapters that remember their RoPE."""
 
-from hf_rope_ext.attention.shifted import use_shifted_attention
 from hf_rope_ext.finetune.lora import norms_and_embeddings, target_modules, with_adapter
 from hf_rope_ext.finetune.loss import chunked_loss
 from hf_rope_ext.finetune.memory import estimate_memory
@@ -8,6 +7,7 @@ from hf_rope_ext.finetune.merge import merge_adapter
 from hf_rope_ext.finetune.pose import position_skips
 from hf_rope_ext.finetune.recipe import Recipe, parse
 from hf_rope_ext.finetune.run import Finetuned, finetune
+from hf_rope_ext.finetune.shifted import use_shifted_attention
 from hf_rope_ext.finetune.trainer import LongContextTrainer, RememberRope
 from hf_rope_ext.saving.adapters import load_adapter
 

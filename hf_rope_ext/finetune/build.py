@@ -5,10 +5,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from hf_rope_ext.attention.shifted import use_shifted_attention
 from hf_rope_ext.errors import RopeError
 from hf_rope_ext.finetune.lora import TARGETS, with_adapter
 from hf_rope_ext.finetune.recipe import Recipe
+from hf_rope_ext.finetune.shifted import use_shifted_attention
 from hf_rope_ext.geometry import RopeGeometry
 from hf_rope_ext.methods import LongRope, Method
 from hf_rope_ext.models.sites import read_sites

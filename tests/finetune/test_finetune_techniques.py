@@ -198,7 +198,7 @@ def test_it_is_for_training_only_and_has_its_mask(ids):
 
 
 def test_what_shifted_attention_cannot_serve_is_refused(ids):
-    with pytest.raises(RopeError, match="at least 2 groups"):
+    with pytest.raises(RopeError, match="groups must be an integer of at least 2, got 1"):
         use_shifted_attention(tiny_llama(), 1)
     model = tiny_llama()
     use_shifted_attention(model, 4)
