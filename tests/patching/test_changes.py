@@ -243,23 +243,24 @@ class Run:
 
 targets = st.sampled_from(["text", "text", "vision"])
 names = st.sampled_from(NAMES)
+replaces = st.sampled_from([True, True, False])
 simple = st.one_of(
-    st.tuples(st.just("patch"), targets, names, st.booleans()),
+    st.tuples(st.just("patch"), targets, names, replaces),
     st.tuples(st.just("fail"), targets, names, st.integers(0, 30), st.booleans()),
     st.tuples(st.just("undo"), st.sampled_from([None, "text", "vision"])),
     st.tuples(st.just("shift"), st.sampled_from([2, 4])),
     st.tuples(st.just("edit"), st.sampled_from(["delete", "change"])),
 )
-steps = st.recursive(
-    st.lists(simple, max_size=4),
-    lambda inner: st.lists(
-        st.one_of(
-            simple,
-            st.tuples(st.just("block"), targets, names, st.booleans(), st.booleans(), inner),
-        ),
-        max_size=4,
-    ),
-    max_leaves=4,
+
+
+def blocks(inner: st.SearchStrategy[Any]) -> st.SearchStrategy[Any]:
+    return st.tuples(
+        st.just("block"), targets, names, replaces, st.booleans(), st.lists(inner, max_size=3)
+    )
+
+
+steps = st.lists(
+    st.one_of(simple, blocks(st.one_of(simple, blocks(simple)))), min_size=2, max_size=5
 )
 SUPPRESSED = [HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
 
@@ -400,6 +401,17 @@ def test_shifted_attention_goes_with_the_patch(llama, ids):
 
     assert state(llama) == state(tiny_llama())
     assert not hasattr(llama.model.layers[0].self_attn, "_hf_rope_groups")
+
+
+def test_every_config_gets_its_own_attention_back():
+    model = zoo.build("qwen2_5_vl")
+    model.config.vision_config._attn_implementation = "eager"
+    before = state(model)
+
+    use_shifted_attention(model, 4)
+    unpatch_model(model)
+
+    assert state(model) == before
 
 
 def test_shifted_attention_asks_for_a_patch_where_the_config_scales(llama):
