@@ -20,7 +20,7 @@ from hf_rope_ext.planning.request_length import RequestLength, request_length
 from hf_rope_ext.planning.visual_length import Video, visual_length
 from hf_rope_ext.positions.layouts import MRopeLayout
 from hf_rope_ext.positions.placement import VisualPositions, place_visual_tokens
-from hf_rope_ext.rotary.request_plan import RequestPlan, request_plan
+from hf_rope_ext.rotary.request_plan import RequestPlan, RequestPolicy, request_plan
 from hf_rope_ext.saving.engines import Export, export
 from hf_rope_ext.saving.loading import load_pretrained, save_pretrained
 
@@ -37,6 +37,7 @@ __all__ = [
     "ProbeError",
     "RequestLength",
     "RequestPlan",
+    "RequestPolicy",
     "RopeError",
     "RopeWarning",
     "UnknownMethodError",

@@ -2,7 +2,7 @@
 
 import math
 
-from hf_rope_ext.methods import Method
+from hf_rope_ext.methods import Dynamic, Method
 from hf_rope_ext.models.sites import RopeSite, window
 from hf_rope_ext.models.temperature import effective_logit_factor
 from hf_rope_ext.rotary.axes import mrope_section_of
@@ -23,6 +23,7 @@ def advice(resolved: Resolved) -> list[str]:
         notes += [
             note
             for note in (
+                _dynamic_advice(site, resolved.method),
                 _temperature_advice(site, resolved),
                 _window_advice(site, resolved.method),
                 _dropped_key_advice(site),
@@ -47,6 +48,18 @@ def _temperature_advice(site: RopeSite, resolved: Resolved) -> str | None:
         f"{site.path}: {resolved.method.name} means to multiply attention logits by "
         f"{intended:.3f}, but in model_type={site.config.model_type!r} cos and sin only reach "
         f"{effective:.3f} of it. Stock transformers has the same; temperature='logits' has not."
+    )
+
+
+def _dynamic_advice(site: RopeSite, method: Method) -> str | None:
+    if not isinstance(method, Dynamic):
+        return None
+    trained = site.geometry.original_max_position_embeddings
+    reached = method.factor * 2 - (method.factor - 1)
+    return (
+        f"{site.path}: the factor of 'dynamic' is transformers' and not target over trained "
+        f"length: a request of {2 * trained} positions, twice the trained length, is scaled by "
+        f"{reached:g}. 'dynamic_ntk' scales by what the request needs, up to its factor."
     )
 
 

@@ -30,7 +30,7 @@ from hf_rope_ext.positions.placement import VisualPositions
 from hf_rope_ext.rotary.extended import ExtendedRotary
 from hf_rope_ext.rotary.extended_table import ExtendedTable
 from hf_rope_ext.rotary.installed import Resolved, SwapRotary, find_places, patch_of
-from hf_rope_ext.rotary.request_plan import RequestPlan
+from hf_rope_ext.rotary.request_plan import RequestPlan, RequestPolicy
 from hf_rope_ext.rotary.vision_towers import smallest_images
 
 
@@ -48,6 +48,7 @@ def patch_model(
     temperature: str = "rotation",
     replace: bool = False,
     probe: bool = True,
+    requests: RequestPolicy | None = None,
     on_growth: str | None = None,
     buckets: float | None = None,
     compat: str | None = None,
@@ -85,15 +86,12 @@ def patch_model(
             then starts from the unscaled geometry; factors never compound.
         probe: Whether to check afterwards that the rotary embedding computes the plan and that the
             attention uses it.
-        on_growth: For length-dependent methods: what happens when a loop written by hand outgrows
-            the plan of its cache (``generate`` and `planned` know the length beforehand).
-            ``"rerotate"``, the default, turns the cached keys to the longer plan's angles;
-            ``"error"`` raises before the call; ``"freeze"`` goes on with the plan there is.
-        buckets: For length-dependent methods: planned lengths beyond the trained one are rounded
-            up to the trained length times a power of this number, above 1.
-        compat: For length-dependent methods: ``"transformers"`` follows stock transformers (one
-            length for the batch, chosen anew at every call, cached keys left as they were).
-        on_plan: For length-dependent methods: called with the `RequestPlan` of every request.
+        requests: For length-dependent methods: how a request is planned, and what happens when it
+            outgrows its plan; see `RequestPolicy`.
+        on_growth: The same as ``requests=RequestPolicy(on_growth=...)``; so are the next three.
+        buckets: See `RequestPolicy`.
+        compat: See `RequestPolicy`.
+        on_plan: See `RequestPolicy`.
         target: ``"text"``, or ``"vision"``: the axial rotary embeddings of the vision towers, for
             images larger than in training. Lengths are then patches along the longer side, and an
             axis is ``"h"`` or ``"w"``. The two are patched, described and undone apart.
@@ -124,6 +122,7 @@ def patch_model(
         visual_positions=visual_positions,
         temperature=temperature,
         replace=replace,
+        requests=requests,
         on_growth=on_growth,
         buckets=buckets,
         compat=compat,

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from hf_rope_ext.checks import require_choice, require_integer
 from hf_rope_ext.errors import (
     AlreadyScaledError,
     MethodParameterError,
@@ -51,6 +52,7 @@ TEXT_ARGUMENTS = (
     "limit_only",
     "mrope_layout",
     "visual_positions",
+    "requests",
     "on_growth",
     "buckets",
     "compat",
@@ -73,6 +75,7 @@ class PatchArguments:
     visual_positions: VisualPositions | None = None
     temperature: str = "rotation"
     replace: bool = False
+    requests: RequestPolicy | None = None
     on_growth: str | None = None
     buckets: float | None = None
     compat: str | None = None
@@ -99,19 +102,12 @@ def resolve(arguments: PatchArguments, model: nn.Module) -> Resolved:
     """
     if not isinstance(arguments.method, Method | Mapping):
         split_name(arguments.method)
-    if arguments.temperature not in TEMPERATURES:
-        raise MethodParameterError(
-            f"temperature must be one of {', '.join(map(repr, TEMPERATURES))}, got "
-            f"{arguments.temperature!r}."
-        )
-    _require_length("target_length", arguments.target_length, least=1)
-    _require_length(
-        "original_max_position_embeddings", arguments.original_max_position_embeddings, least=2
-    )
-    if arguments.target not in TARGETS:
-        raise MethodParameterError(
-            f"target must be one of {', '.join(map(repr, TARGETS))}, got {arguments.target!r}."
-        )
+    require_choice("temperature", arguments.temperature, TEMPERATURES, MethodParameterError)
+    require_choice("target", arguments.target, TARGETS, MethodParameterError)
+    for name, least in (("target_length", 1), ("original_max_position_embeddings", 2)):
+        length = getattr(arguments, name)
+        if length is not None:
+            require_integer(name, length, least, unit="positions", error=MethodParameterError)
     if arguments.target == "vision":
         return _resolve_vision(arguments, model)
     layer_types = _layer_types(arguments.layer_types)
@@ -323,23 +319,27 @@ def _require_agreement(method: Method, geometry: RopeGeometry, target: int | Non
 
 def _policy(arguments: PatchArguments, method: Method) -> RequestPolicy:
     """Return how requests are followed, which a static method cannot be asked for."""
-    settings = {
+    flat = {
         name: getattr(arguments, name)
         for name in ("on_growth", "buckets", "compat", "on_plan")
         if getattr(arguments, name) is not None
     }
-    if settings and not method.length_dependent:
+    policy = arguments.requests
+    if policy is not None and not isinstance(policy, RequestPolicy):
         raise MethodParameterError(
-            f"{next(iter(settings))} is for methods that follow the length of the request; "
-            f"{method!r} is the same at every length."
+            f"requests must be a RequestPolicy, got {policy!r}: "
+            f"requests=RequestPolicy(on_growth='error')."
         )
-    if "compat" in settings and len(settings) > 1:
-        idle = ", ".join(name for name in settings if name != "compat")
+    if policy is not None and flat:
         raise MethodParameterError(
-            f"{idle} has no effect with compat={arguments.compat!r}, which plans no request; leave "
-            f"one of the two out."
+            f"{next(iter(flat))} is given beside requests={policy!r}; set it there."
         )
-    return RequestPolicy(**settings)
+    if (policy is not None or flat) and not method.length_dependent:
+        raise MethodParameterError(
+            f"{next(iter(flat), 'requests')} is for methods that follow the length of the "
+            f"request; {method!r} is the same at every length."
+        )
+    return RequestPolicy(**flat) if policy is None else policy
 
 
 def _rotation(
@@ -408,15 +408,6 @@ def _require_ready(site: RopeSite, arguments: PatchArguments) -> None:
         raise MethodParameterError(
             f"{site.path}: the config does not say what length was trained "
             f"({dict(site.found)!r}); pass original_max_position_embeddings."
-        )
-
-
-def _require_length(name: str, value: object, *, least: int) -> None:
-    if value is not None and (
-        isinstance(value, bool) or not isinstance(value, int) or value < least
-    ):
-        raise MethodParameterError(
-            f"{name} must be an integer of at least {least}, in positions, got {value!r}."
         )
 
 

@@ -11,13 +11,13 @@ on a module.
 import math
 import threading
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from numbers import Real
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from hf_rope_ext.checks import require_choice, require_number
 from hf_rope_ext.errors import MethodParameterError
 from hf_rope_ext.geometry import Scale
 
@@ -28,7 +28,7 @@ GROWTH = 1.1
 
 @dataclass(frozen=True)
 class RequestPolicy:
-    """How a length-dependent method follows requests.
+    """How a length-dependent method follows requests: ``patch_model(..., requests=...)``.
 
     Args:
         on_growth: What happens when a loop written by hand outgrows the plan of its cache:
@@ -48,22 +48,22 @@ class RequestPolicy:
 
     def __post_init__(self) -> None:
         """Check the settings."""
-        if self.on_growth not in ON_GROWTH:
-            raise MethodParameterError(
-                f"on_growth must be one of {', '.join(map(repr, ON_GROWTH))}, got "
-                f"{self.on_growth!r}."
-            )
-        number = isinstance(self.buckets, Real) and not isinstance(self.buckets, bool)
-        if self.buckets is not None and not (number and 1 < self.buckets < math.inf):
-            raise MethodParameterError(
-                f"buckets must be a number greater than 1, got {self.buckets!r}."
-            )
-        if self.compat not in (None, "transformers"):
-            raise MethodParameterError(
-                f"compat must be 'transformers' or None, got {self.compat!r}."
-            )
+        require_choice("on_growth", self.on_growth, ON_GROWTH, MethodParameterError)
+        if self.buckets is not None:
+            require_number("buckets", self.buckets, above=1, error=MethodParameterError)
+        require_choice("compat", self.compat, (None, "transformers"), MethodParameterError)
         if self.on_plan is not None and not callable(self.on_plan):
             raise MethodParameterError(f"on_plan must be a function, got {self.on_plan!r}.")
+        idle = [name for name in self.changed_settings() if name != "compat"]
+        if self.compat is not None and idle:
+            raise MethodParameterError(
+                f"{', '.join(idle)} has no effect with compat={self.compat!r}, which plans no "
+                f"request; leave one of the two out."
+            )
+
+    def changed_settings(self) -> list[str]:
+        """Return the names of the settings that are not at their default."""
+        return [own.name for own in fields(self) if getattr(self, own.name) != own.default]
 
     def to_dict(self) -> dict[str, Any]:
         """Return what a record keeps of it: everything but the function to call."""

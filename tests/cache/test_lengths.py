@@ -572,9 +572,9 @@ def test_stock_behaviour_can_be_had_on_purpose(rope):
     ("settings", "message"),
     [
         ({"on_growth": "ignore"}, "on_growth must be one of 'rerotate', 'error', 'freeze'"),
-        ({"buckets": 1.0}, "buckets must be a number greater than 1"),
-        ({"buckets": "2"}, "buckets must be a number greater than 1"),
-        ({"compat": "vllm"}, "compat must be 'transformers' or None"),
+        ({"buckets": 1.0}, "buckets must be a finite number greater than 1"),
+        ({"buckets": "2"}, "buckets must be a finite number greater than 1"),
+        ({"compat": "vllm"}, "compat must be one of None, 'transformers'"),
         ({"on_plan": 3}, "on_plan must be a function"),
         ({"compat": "transformers", "on_growth": "error"}, "on_growth has no effect with compat"),
         ({"compat": "transformers", "buckets": 2}, "buckets has no effect with compat"),

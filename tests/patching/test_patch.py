@@ -2,6 +2,7 @@
 
 import copy
 import threading
+import warnings
 
 import pytest
 import torch
@@ -20,6 +21,7 @@ from hf_rope_ext import (
     AlreadyScaledError,
     MethodParameterError,
     NotPatchedError,
+    RequestPolicy,
     RopeError,
     RopeWarning,
     UnknownMethodError,
@@ -487,3 +489,49 @@ def test_a_copy_is_patched_and_unpatched_on_its_own(llama, ids):
     unpatch_model(twin)
     assert torch.equal(logits(twin, ids), logits(llama, ids))
     assert twin.config.to_dict() == llama.config.to_dict()
+
+
+def test_request_options_can_be_grouped(llama, ids):
+    plans = []
+    flat, grouped = tiny_llama(), llama
+    patch_model(flat, "dynamic_yarn", factor=4, on_growth="error", buckets=2)
+    patch_model(
+        grouped,
+        "dynamic_yarn",
+        factor=4,
+        requests=RequestPolicy(on_growth="error", buckets=2, on_plan=plans.append),
+    )
+
+    assert torch.equal(logits(grouped, ids), logits(flat, ids))
+    assert [plan.lengths.tolist() for plan in plans] == [[256.0]]
+    assert grouped.config.hf_rope_ext == flat.config.hf_rope_ext
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"requests": RequestPolicy(), "buckets": 2}, "buckets is given beside requests="),
+        ({"requests": {"buckets": 2}}, "requests must be a RequestPolicy, got {'buckets': 2}"),
+        ({"requests": RequestPolicy(), "method": "yarn"}, "requests is for methods that follow"),
+        ({"requests": RequestPolicy(), "target": "vision"}, "requests is for target='text'"),
+    ],
+)
+def test_request_options_are_grouped_or_flat_and_for_who_follows_requests(
+    llama, arguments, message
+):
+    before = state(llama)
+
+    with pytest.raises(MethodParameterError, match=message):
+        patch_model(llama, **{"method": "dynamic_yarn", "factor": 4, **arguments})
+
+    assert_untouched(llama, before)
+
+
+def test_the_factor_of_transformers_dynamic_is_explained_once_for_a_patch(llama):
+    with warnings.catch_warnings(record=True) as shown:
+        warnings.simplefilter("always")
+        patch_model(llama, "dynamic", factor=4)
+
+    (warning,) = [one for one in shown if issubclass(one.category, RopeWarning)]
+    # transformers' own formula: factor * T / L - (factor - 1)
+    assert "128 positions, twice the trained length, is scaled by 5" in str(warning.message)
