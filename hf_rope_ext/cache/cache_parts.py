@@ -1,4 +1,4 @@
-"""What transformers' caches are made of."""
+"""Reading transformers' caches."""
 
 from typing import Any
 
@@ -6,12 +6,12 @@ CACHES = ("past_key_values", "cache_params")
 
 
 def self_attention_cache(cache: Any) -> Any:
-    """Return the part of a cache that self-attention fills."""
+    """Return the self-attention part of a cache."""
     return getattr(cache, "self_attention_cache", cache)
 
 
 def fixed_size(cache: Any) -> int | None:
-    """Return the tokens a cache of fixed size has room for, None for one that grows."""
+    """Return the capacity of a cache of fixed size in tokens, None for a growing one."""
     from transformers.cache_utils import StaticLayer
 
     sizes = [layer.max_cache_len for layer in cache.layers if isinstance(layer, StaticLayer)]
@@ -19,7 +19,7 @@ def fixed_size(cache: Any) -> int | None:
 
 
 def output_cache(output: Any) -> Any:
-    """Return the cache in a model's output, None where there is none."""
+    """Return the cache in a model's output, if there is one."""
     from transformers import Cache
 
     for name in CACHES:

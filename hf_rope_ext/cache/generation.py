@@ -1,4 +1,4 @@
-"""How long a request will be: told by `generate`, or by `planned` in a loop written by hand."""
+"""The final length of a request, as `generate` knows it, or `planned` for a hand-written loop."""
 
 import inspect
 from collections.abc import Iterator, Mapping, Sequence
@@ -17,7 +17,7 @@ from hf_rope_ext.rotary.request_plan import RUNNING, CachePlan, Generation, plan
 
 
 class Generate(StandIn):
-    """Stands in for ``generate``, so that the planner knows that one is running."""
+    """Stands in for ``generate``, so that the planner knows about it."""
 
     name = "generate"
 
@@ -29,12 +29,12 @@ class Generate(StandIn):
 
 
 class PrepareCache(StandIn):
-    """Stands in for transformers' preparation of a cache, which knows the request's length."""
+    """Stands in for transformers' cache preparation, where the request's length is known."""
 
     name = "_prepare_cache_for_generation"
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Prepare the cache and note how long the request will be."""
+        """Prepare the cache and record the length of the request."""
         result = self.stock(*args, **kwargs)
         values = self.__signature__.bind(*args, **kwargs).arguments
         _prepare(values["generation_config"], values["model_kwargs"], values["max_cache_length"])
@@ -42,14 +42,14 @@ class PrepareCache(StandIn):
 
 
 def planning_changes(model: nn.Module, swaps: Sequence[SwapRotary]) -> list[Change]:
-    """Return the changes that make the text models of a model plan their requests.
+    """Return the changes that make a model's text models plan their requests.
 
     Args:
         model: The model.
         swaps: Its new rotary modules.
 
     Raises:
-        UnsupportedModelError: If the installed transformers prepares caches in another way.
+        UnsupportedModelError: If the installed transformers prepares caches differently.
     """
     from transformers import GenerationMixin
 
@@ -70,7 +70,7 @@ def planning_changes(model: nn.Module, swaps: Sequence[SwapRotary]) -> list[Chan
                 f"{type(part).__name__} does not prepare its cache as transformers 5.23 does, so a "
                 f"request cannot be planned; nothing was changed."
             )
-        # a method that somebody has put on the instance stays
+        # a method that the user has put on the instance stays
         changes += [
             stand_in(part).change()
             for stand_in in (Generate, PrepareCache)
@@ -81,13 +81,13 @@ def planning_changes(model: nn.Module, swaps: Sequence[SwapRotary]) -> list[Chan
 
 @contextmanager
 def planned(max_length: int) -> Iterator[None]:
-    """Plan what runs in a ``with`` block for this many tokens, as ``generate`` does for its own.
+    """Plan the calls in a ``with`` block for this many tokens, as ``generate`` does for its own.
 
-    For loops written by hand with a length-dependent method: a cache filled in the block is planned
+    For hand-written loops with a length-dependent method: a cache filled in the block is planned
     for the whole loop, so that cached decoding equals the full forward.
 
     Args:
-        max_length: Tokens of the longest row at the end, prompt, padding and new ones together.
+        max_length: Final number of tokens of the longest row: prompt, padding and new tokens.
 
     Raises:
         RopeError: If it is not a positive integer.
@@ -109,11 +109,11 @@ def _generating(generation: Generation) -> Iterator[None]:
 
 
 def _prepare(config: Any, model_kwargs: Mapping[str, Any], max_cache_length: int) -> None:
-    """Note how long a request will be, and make sure that a cache passed in can serve it."""
+    """Record the length of a request, and make sure that a cache passed in can serve it."""
     generation = RUNNING.generation
     if generation is None:
         return
-    # a drafting assistant writes no further than the model it drafts for
+    # an assistant drafts no further than the model it drafts for
     outer = generation.outer.max_length if generation.outer is not None else None
     generation.max_length = length = max(max_cache_length + 1, outer or 0)
     chunk, mask = config.prefill_chunk_size, model_kwargs.get("attention_mask")
@@ -128,7 +128,7 @@ def _prepare(config: Any, model_kwargs: Mapping[str, Any], max_cache_length: int
         return
     (cache,) = caches
     seen = int(self_attention_cache(cache).get_seq_length())
-    # as transformers tells whether it was given the whole text or what is new of it
+    # transformers' own test for whether it was given the whole text or its new part
     tokens = getattr(config, "_mask_length", -1) if mask is None else mask.shape[1]
     whole = model_kwargs.get("inputs_embeds") is not None or (
         generation.input_ids is not None and generation.input_ids.shape[1] == tokens
@@ -136,14 +136,14 @@ def _prepare(config: Any, model_kwargs: Mapping[str, Any], max_cache_length: int
     if seen and not whole:
         generation.max_length = seen + length
     elif seen and length > max(plan.capacity, plan.trained) and _can_refill(plan, model_kwargs):
-        cache.reset()  # filled again from the whole text, under a plan that covers it
+        cache.reset()  # refilled from the whole text under a longer plan, which is exact
         seen = 0
     if not seen:
         cache.hf_rope_ext_plan = None
 
 
 def _can_refill(plan: CachePlan, model_kwargs: Mapping[str, Any]) -> bool:
-    """Return whether a cache can be filled again: not where its images are not there any more."""
+    """Return whether a cache can be refilled: not if it holds images that were not passed again."""
     given = any(
         name.startswith("pixel_values") and model_kwargs[name] is not None for name in model_kwargs
     )

@@ -1,8 +1,8 @@
 """Give each request its plan, and each cache the plan of the request that filled it.
 
-A text model with a length-dependent method gets two forward hooks, which say for the duration of a
-call what it is planned for, and the models around it that can generate get a `generate` that says
-how long the request will be. Both are attributes of the model patched, not of its class.
+A text model with a length-dependent method gets two forward hooks that hold the plan of a call
+while it runs; the models around it get a `generate` that knows the length of its request. Both are
+attributes of the patched model, not of its class.
 """
 
 import inspect
@@ -20,7 +20,7 @@ from hf_rope_ext.rotary.request_plan import RUNNING, CachePlan, Call, plan_of, r
 
 
 class Planner:
-    """What the hooks of one text model share.
+    """The forward hooks of one text model.
 
     Args:
         model: The text model.
@@ -39,11 +39,11 @@ class Planner:
         self.layout: KeyLayout | None = None
 
     def begin(self, model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-        """Find or make the plan of a call: a forward pre-hook.
+        """Find or make the plan of a call (forward pre-hook).
 
         Raises:
-            RopeError: If the cache was filled under another plan, or has outgrown its own where
-                that is an error.
+            RopeError: If the cache was filled under another plan, or has outgrown its own and the
+                policy forbids that.
         """
         given = {**dict(zip(self.parameters, args, strict=False)), **kwargs}
         if given.get("cache") is not None:
@@ -59,9 +59,9 @@ class Planner:
     def end(
         self, model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Any
     ) -> None:
-        """Hand the plan over to the cache that the call made, and report it: a forward hook.
+        """Hand the plan to the cache that the call made, and report it (forward hook).
 
-        It also runs where the forward raised; there is no output then.
+        It also runs after a forward that raised; there is no output then.
         """
         call = RUNNING.call
         if call is None or call.owner is not self:
@@ -85,9 +85,9 @@ class Planner:
             return self._first(None, tokens, limit)
         seen = self_attention_cache(cache).get_seq_length()
         plan = plan_of(cache)
-        if isinstance(seen, Tensor):  # a cache of fixed size, which cannot outgrow its plan
+        if isinstance(seen, Tensor):  # a cache of fixed size: it cannot outgrow its plan
             if plan is None or plan.lengths is None:
-                # one that was made ready beforehand is still empty
+                # a cache that was only initialised in advance is still empty
                 if not torch.compiler.is_compiling() and int(seen):
                     raise _unknown(self.method, int(seen))
                 return self._first(cache, tokens, limit)
@@ -122,15 +122,15 @@ class Planner:
         return Call(plan, seen=seen, records=plan.positions is not None, is_new=grows)
 
     def _beyond(self, plan: CachePlan, positions: Tensor | None, left: int) -> Tensor | None:
-        """Return the lengths of rows whose positions go beyond the plan, None where none do.
+        """Return the rows' new lengths if any position goes beyond the plan, else None.
 
-        A video can take more positions than tokens. A single token continues from those before it,
-        so it is not looked at, which would wait for the device.
+        A video can take more positions than tokens. A single token is not checked: it continues
+        from the tokens before it, and looking at it would synchronize with the device.
 
         Args:
             plan: The plan of the cache.
-            positions: Of the call's tokens, before those of text are taken off in front.
-            left: Tokens that the plan has room for after this call.
+            positions: The call's positions, with the family's extra text axis in front, if any.
+            left: Number of tokens that the plan has room for after this call.
         """
         if positions is None or positions.ndim < 3 or positions.shape[-1] == 1 or self.axes == 1:
             return None
@@ -141,7 +141,7 @@ class Planner:
         return torch.maximum(lengths, known) if bool(found) else None
 
     def _first(self, cache: Any, tokens: int, limit: int | None) -> Call:
-        """Return the call that makes a plan."""
+        """Return the first call of a request, which makes its plan."""
         size = None if cache is None or limit else fixed_size(self_attention_cache(cache))
         capacity = max(size or limit or 0, tokens)
         plan = CachePlan(self.method, self.trained, self.policy, capacity)
@@ -159,7 +159,7 @@ class Planner:
         limit: int | None,
         beyond: Tensor | None,
     ) -> None:
-        """Plan a cache for more than it was planned for, and turn its keys accordingly."""
+        """Extend the plan of a cache and rotate its keys accordingly."""
         if plan.policy.on_growth == "error":
             more = f"{needed}" if beyond is None else f"positions up to {int(beyond.max())}"
             raise RopeError(
@@ -168,7 +168,7 @@ class Planner:
                 f"fill a new cache with all tokens, or patch with on_growth='rerotate'."
             )
         assert plan.lengths is not None
-        if plan.positions is not None:  # the cache may have been cut back
+        if plan.positions is not None:  # the cache may have been cropped
             plan.positions = plan.positions[..., : self_attention_cache(cache).get_seq_length()]
         capacity = max(limit, needed) if limit else plan.policy.grow(needed, self.trained)
         capacity = max(capacity, plan.capacity)
@@ -179,7 +179,7 @@ class Planner:
             for key in rotary.names()
             if key in plan.frequencies
         }
-        if bool((lengths > self.trained).any()):  # up to there all plans are the same
+        if bool((lengths > self.trained).any()):  # within the trained length all plans agree
             if self.layout is None:
                 self.layout = read_layout(model, self.rotaries)
             turn_keys(self_attention_cache(cache), self.layout, plan, frequencies)
@@ -187,7 +187,7 @@ class Planner:
 
 
 def _shape(given: Mapping[str, Any]) -> tuple[int, int]:
-    """Return the rows of a call and their tokens."""
+    """Return the number of rows of a call and of tokens in each."""
     for name in ("input_ids", "inputs_embeds", "decoder_input_ids", "input_values"):
         if given.get(name) is not None:
             return given[name].shape[0], given[name].shape[1]

@@ -1,11 +1,11 @@
-"""Turn cached keys from one plan's angles to another's.
+"""Rotate cached keys from one plan's angles to another's.
 
-A cached key is ``R(position * inv_freq) k``, so rotation it by the difference of two plans' angles
-moves it from one to the other. Which two coordinates of a key turn together, with which sign, at
-which frequency, by which axis of the position, and whether the temperature is in them, differs
-between families; here it is read off the model itself, from keys of single tokens computed under
-chosen angles. That turns the first layer's keys exactly; those of deeper layers come from hidden
-states made under the older plan and keep a residual.
+A cached key is ``R(position * inv_freq) k``, so rotating it by the difference of two plans' angles
+moves it from one plan to the other. Families differ in which two coordinates of a key rotate
+together, with which sign, at which frequency, by which position axis, and in whether the
+temperature is included. All of this is measured on the model itself, from the keys of single tokens
+under chosen angles. The first layer's keys become exact; deeper layers' keys come from hidden
+states computed under the older plan and keep a residual.
 """
 
 import math
@@ -23,23 +23,23 @@ from hf_rope_ext.rotary.extended import ExtendedRotary
 from hf_rope_ext.rotary.request_plan import RUNNING, CachePlan, Call, RequestPolicy
 
 SAMPLES = 16
-"""Single tokens looked at; so many numbers that no two coordinates agree by chance."""
+"""Number of single tokens to run; enough that no two coordinates agree by chance."""
 PARTS = ("keys", "values")
-"""What a cache layer holds; multi-head latent attention keeps its rotated part in either."""
+"""Tensors of a cache layer; latent attention keeps its rotated part in either of them."""
 
 
 @dataclass(frozen=True, eq=False)
 class KeyRotation:
-    """How one tensor of one cache layer turns, per coordinate of its last dimension.
+    """How one tensor of one cache layer rotates, by coordinate of its last dimension.
 
     Args:
-        key: The rotary embedding and layer type that turns it.
-        turns: Whether the coordinate turns at all.
-        partner: The coordinate it turns together with.
-        gain: What a quarter turn makes of the partner: plus or minus one, times the weight of a
-            norm behind the rotation.
+        key: Key of the frequencies that rotate it, by rotary module and layer type.
+        turns: Whether the coordinate rotates at all.
+        partner: The coordinate it rotates together with.
+        gain: Factor on the partner in a quarter turn: plus or minus one, times the weight of a norm
+            after the rotation.
         pair: Index of its frequency.
-        axis: Axis of its position, 0 for text.
+        axis: Its position axis, 0 for text.
         is_scaled: Whether it is multiplied by the attention scaling.
     """
 
@@ -52,16 +52,16 @@ class KeyRotation:
     is_scaled: bool
 
     def mixes_axes(self) -> bool:
-        """Return whether the two coordinates of a pair turn by different axes of the position."""
+        """Return whether the two coordinates of a pair rotate by different position axes."""
         return bool((self.axis[self.partner] != self.axis)[self.turns].any())
 
 
 KeyLayout = Mapping[tuple[int, str], KeyRotation]
-"""By cache layer and part; tensors that do not turn are left out."""
+"""Rotations by cache layer and tensor; tensors that do not rotate are left out."""
 
 
 def position_axes(rotary: ExtendedRotary) -> int:
-    """Return how many axes the positions of a rotary embedding have."""
+    """Return the number of position axes of a rotary embedding."""
     section = getattr(rotary, "mrope_section", None)
     if isinstance(section, dict):  # by layer type
         section = next(iter(section.values()), None)
@@ -71,29 +71,29 @@ def position_axes(rotary: ExtendedRotary) -> int:
 def turn_keys(
     cache: Any, layout: KeyLayout, plan: CachePlan, frequencies: Mapping[str, tuple[Tensor, Scale]]
 ) -> None:
-    """Turn what a cache holds, in float32, from a plan's frequencies to others.
+    """Rotate the tensors of a cache from a plan's frequencies to others, in float32.
 
     Args:
         cache: transformers' cache.
-        layout: How its tensors turn.
-        plan: The plan it was filled under, with the positions of its tokens.
-        frequencies: The frequencies and scaling to turn to, by rotary embedding and layer type.
+        layout: How its tensors rotate.
+        plan: The plan under which it was filled, with the positions of its tokens.
+        frequencies: The new frequencies and scaling, by rotary module and layer type.
 
     Raises:
-        RopeError: If the cache keeps its keys in a form that cannot be turned; nothing is changed.
+        RopeError: If the cache keeps its keys in a form that cannot be rotated; nothing is changed.
     """
     for layer in cache.layers:
         if hasattr(layer, "_quantized_keys") or hasattr(layer, "_dequantize"):
             raise RopeError(
-                f"{type(layer).__name__} keeps rounded keys, which cannot be turned to a longer "
+                f"{type(layer).__name__} keeps quantized keys, which cannot be rotated to a longer "
                 f"plan; nothing was changed. Run the loop in `planned(max_length)`."
             )
     assert plan.positions is not None
     mixed = any(rotation.mixes_axes() for rotation in layout.values())
     if mixed and bool((plan.positions != plan.positions[:1]).any()):
         raise RopeError(
-            "the two coordinates of a pair turn by different axes of an image's position here, "
-            "which cannot be turned to a longer plan; nothing was changed. Run the loop in "
+            "the two coordinates of a pair rotate by different axes of an image's position here, "
+            "so its keys cannot be rotated to a longer plan; nothing was changed. Run the loop in "
             "`planned(max_length)`."
         )
     for (index, part), rotation in layout.items():
@@ -116,10 +116,10 @@ def _difference(
 def _turn(
     held: Tensor, rotation: KeyRotation, plan: CachePlan, step: Tensor, ratio: Scale
 ) -> Tensor:
-    """Return a cached tensor, ``(batch, heads, seq, width)``, turned by ``step`` per position."""
+    """Return a cached tensor, ``(batch, heads, seq, width)``, rotated by ``step`` per position."""
     assert plan.positions is not None
     device = held.device
-    # a layer with a bounded window holds the last tokens only
+    # a layer with a sliding window holds the last tokens only
     positions = plan.positions[..., -held.shape[-2] :].to(device, torch.float64)
     if positions.ndim == 2:
         positions = positions[None]
@@ -137,14 +137,14 @@ def _turn(
 
 
 def read_layout(model: nn.Module, rotaries: list[ExtendedRotary]) -> KeyLayout:
-    """Find out how a text model's cached keys turn.
+    """Measure how a text model's cached keys rotate.
 
     Args:
-        model: The text model; it is run on a few single tokens, without a trace.
+        model: The text model; it is run on a few single tokens and left as it was.
         rotaries: Its rotary embeddings.
 
     Raises:
-        RopeError: If its keys do not behave like rotated keys.
+        RopeError: If its keys do not behave like rotated keys, or the model cannot be run this way.
     """
     if any(
         rotation.layout is not None and rotation.layout.per_head
@@ -152,7 +152,7 @@ def read_layout(model: nn.Module, rotaries: list[ExtendedRotary]) -> KeyLayout:
         for rotation in rotary.rotations.values()
     ):
         raise RopeError(
-            "cached keys of heads with axes of their own cannot be turned to a longer plan; run "
+            "the cached keys of heads with different axes cannot be rotated to a longer plan; run "
             "the loop in `planned(max_length)`."
         )
     reader = _Reader(model, rotaries)
@@ -165,16 +165,17 @@ def read_layout(model: nn.Module, rotaries: list[ExtendedRotary]) -> KeyLayout:
         raise
     except Exception as error:
         raise RopeError(
-            f"could not run {type(model).__name__} on single tokens to see how its cached keys "
-            f"turn ({type(error).__name__}: {error}); run the loop in `planned(max_length)`."
+            f"could not run {type(model).__name__} on single tokens to measure how its cached "
+            f"keys rotate ({type(error).__name__}: {error}); run the loop in `planned(max_length)`."
         ) from error
     return found
 
 
 class _Reader:
-    """Runs a text model on single tokens at position 1, where an angle is a frequency.
+    """Runs a text model on single tokens at position 1, where the angle equals the frequency.
 
-    One token attends to itself alone, so its keys in all layers differ by their own rotation only.
+    A single token attends only to itself, so its values, and with them the inputs of every deeper
+    layer, do not depend on the angles: its keys differ by their own rotation and nothing else.
     """
 
     def __init__(self, model: nn.Module, rotaries: list[ExtendedRotary]) -> None:
@@ -185,7 +186,7 @@ class _Reader:
         self.raw = self._run({})
 
     def rotations_of(self, key: str, pairs: int) -> dict[tuple[int, str], KeyRotation]:
-        """Return how everything turns that one rotary embedding and layer type turns."""
+        """Return the rotations of all tensors that one set of frequencies rotates."""
         quarter = torch.full((pairs,), math.pi / 2)
         turned = self._run({key: quarter})
         found = {}
@@ -195,7 +196,8 @@ class _Reader:
                 found[name] = moved
         if not found:
             return {}
-        # the index of each coordinate's frequency, bit by bit: a pair turns or rests
+        # read the index of each coordinate's frequency bit by bit: run once per bit, with a quarter
+        # turn for the pairs whose index has it and none for the others
         index = {name: torch.zeros(len(moved), dtype=torch.int64) for name, moved in found.items()}
         for bit in range(max(pairs - 1, 1).bit_length()):
             chosen = quarter * ((torch.arange(pairs) >> bit) & 1)
@@ -225,7 +227,7 @@ class _Reader:
         axis: Tensor,
         doubled: Tensor,
     ) -> KeyRotation:
-        """Return how one tensor turns; ``turned`` and ``raw`` are ``(samples, width)``."""
+        """Return the rotation of one tensor; ``turned`` and ``raw`` are ``(samples, width)``."""
         norms = raw.norm(dim=0).clamp(min=1e-30)
         likeness = (turned.T @ raw) / (turned.norm(dim=0).clamp(min=1e-30)[:, None] * norms)
         best = likeness.abs().masked_fill(~moved[None, :], 0.0)
@@ -235,8 +237,8 @@ class _Reader:
         wrong = (predicted - turned).norm(dim=0) > 0.05 * turned.norm(dim=0)
         if (wrong & moved).any():
             raise RopeError(
-                f"the cached keys of {type(self.model).__name__} do not turn in pairs, so they "
-                f"cannot be turned to a longer plan; run the loop in `planned(max_length)`."
+                f"the cached keys of {type(self.model).__name__} do not rotate in pairs, so "
+                f"they cannot be rotated to a longer plan; run the loop in `planned(max_length)`."
             )
         grew = doubled[:, moved].norm() / turned[:, moved].norm().clamp(min=1e-30)
         return KeyRotation(key, moved, partner, gain, pair, axis, bool(grew > 1.5))
@@ -244,7 +246,7 @@ class _Reader:
     def _run(
         self, angles: Mapping[str, Tensor], scaling: float = 1.0, axis: int | None = None
     ) -> dict[tuple[int, str], Tensor]:
-        """Return all that is cached for the tokens, ``(samples, width)``, float32, on the CPU."""
+        """Return what is cached for the tokens, ``(samples, width)``, float32, on the CPU."""
         from transformers import DynamicCache
 
         plan = CachePlan("", 1, RequestPolicy(), 1)
@@ -280,6 +282,6 @@ class _Reader:
 
 
 def _nearer(state: Tensor, turned: Tensor, raw: Tensor) -> Tensor:
-    """Return, per coordinate, whether a state is the turned one rather than the raw one."""
+    """Return, by coordinate, whether a state is nearer to the turned than to the raw one."""
     distance = [(state - other).square().sum(dim=0) for other in (turned, raw)]
     return distance[0] < distance[1]

@@ -1,9 +1,9 @@
-"""Keep the positions of one request from those of the next.
+"""Keep the position offsets of one request from leaking into the next.
 
-A vision-language model notes on itself by how much positions and tokens differ (``rope_deltas``),
-and goes by the note in every later call that adds to a cache, whatever request filled that cache.
-In a patched model the note belongs to the cache: a call sees what was noted with its own, and none
-where there is none, as a freshly loaded model would.
+A vision-language model stores on itself the difference between positions and tokens
+(``rope_deltas``) and uses it in every later call that adds to a cache, whichever request filled
+that cache. In a patched model this note belongs to the cache: each call sees the note of its own
+cache, or none, as a freshly loaded model would.
 """
 
 import inspect
@@ -18,11 +18,11 @@ from hf_rope_ext.rotary.installed import SwapRotary
 
 DELTAS = "rope_deltas"
 NOTES = (DELTAS, "_cached_decode_position_ids", "_prefill_len")
-"""What models note; all of it is None in a model that has seen no request."""
+"""Attributes that models use as notes; None before the first request."""
 
 
 class _Prepared(threading.local):
-    """What ``generate`` noted in this thread for the call that comes next."""
+    """The note that ``generate`` in this thread has prepared for the next call."""
 
     model: nn.Module | None = None
     note: Mapping[str, Any] = {}
@@ -32,7 +32,7 @@ _PREPARED = _Prepared()
 
 
 class PositionNotes:
-    """The hooks of a model that keeps notes.
+    """The forward hooks of a model that keeps notes.
 
     Args:
         model: The model.
@@ -42,7 +42,7 @@ class PositionNotes:
         self.parameters = tuple(inspect.signature(model.forward).parameters)
 
     def recall(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-        """Bring back the note of the cache in a call that has to find its positions."""
+        """Restore the cache's note before a call that computes its own positions (pre-hook)."""
         arguments = {**dict(zip(self.parameters, args, strict=False)), **kwargs}
         if arguments.get("position_ids") is None:
             _PREPARED.model = None
@@ -51,7 +51,7 @@ class PositionNotes:
     def keep(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Any
     ) -> None:
-        """Put what was noted in a call with its cache."""
+        """Store the note of a call on its cache (forward hook)."""
         arguments = {**dict(zip(self.parameters, args, strict=False)), **kwargs}
         prepared, _PREPARED.model = _PREPARED.model is module, None
         if arguments.get("position_ids") is None:
@@ -59,14 +59,14 @@ class PositionNotes:
         elif prepared:
             note = _PREPARED.note
         else:
-            return  # positions given by hand, or by a running `generate`
+            return  # positions passed by the user, or by a running `generate`
         cache = getattr(output, "past_key_values", arguments.get("past_key_values"))
         if cache is not None:
             cache.hf_rope_ext_note = note
 
 
 class PreparePositions(StandIn):
-    """Stands in for transformers' preparation of the positions of ``generate``.
+    """Stands in for transformers' preparation of positions in ``generate``.
 
     Args:
         model: The model that generates.
@@ -80,7 +80,7 @@ class PreparePositions(StandIn):
         self.inner = inner
 
     def __call__(self, inputs: Any, model_kwargs: Mapping[str, Any]) -> Any:
-        """Prepare the positions, with the note of the cache that is passed in."""
+        """Prepare the positions under the note of the cache that is passed in."""
         _recall(self.inner, model_kwargs.get("past_key_values"))
         result = self.stock(inputs, model_kwargs)
         _PREPARED.model, _PREPARED.note = self.inner, _noted(self.inner)
@@ -88,7 +88,7 @@ class PreparePositions(StandIn):
 
 
 def note_changes(model: nn.Module, swaps: Sequence[SwapRotary]) -> list[Change]:
-    """Return the changes that bind the notes of a model to its caches.
+    """Return the changes that tie a model's notes to its caches.
 
     Args:
         model: The model.

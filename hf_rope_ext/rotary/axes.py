@@ -1,4 +1,4 @@
-"""Which axis of the position each pair turns by, read off a family's own code."""
+"""Find out which position axis each pair rotates by, from the family's own code."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
@@ -17,10 +17,10 @@ from hf_rope_ext.rotary.rotation import Rotation
 
 
 def read_axes(site: RopeSite) -> RopeSite:
-    """Return a site whose geometry says by which axis each pair turns, where there are several.
+    """Return the site with the axis of each pair in its geometry, where positions have several.
 
     Raises:
-        UnsupportedModelError: If the family's code cannot compute it.
+        UnsupportedModelError: If the family's own code cannot run.
     """
     names = axis_names(site.rotary, site.label)
     if len(names) < 2:
@@ -39,11 +39,11 @@ def read_axes(site: RopeSite) -> RopeSite:
 
 
 def assign_axes(site: RopeSite, turned: Mapping[str, Sequence[int]]) -> RopeSite:
-    """Return a site whose geometry names the axis of each pair, if each has one and no more.
+    """Return the site with the axis of each pair in its geometry, if every pair has exactly one.
 
     Args:
         site: The site.
-        turned: The stored pairs that turn by each axis.
+        turned: Indices of the stored pairs that rotate by each axis.
     """
     pairs = range(site.geometry.pairs)
     if sorted(pair for own in turned.values() for pair in own) != list(pairs):
@@ -55,11 +55,11 @@ def assign_axes(site: RopeSite, turned: Mapping[str, Sequence[int]]) -> RopeSite
 
 
 def read_pairs(site: RopeSite, places: Iterable[Tensor]) -> list[list[int]]:
-    """Return the stored pairs that each of some positions turns, read off the family's own code.
+    """Return, for each position, the indices of the stored pairs it rotates.
 
-    It computes positions that are 1 on one axis and 0 on the others, for frequencies whose cosines
-    can be told apart: a pair whose cosine comes out turns by that axis. Thus no layout has to be
-    known by name.
+    The family's own code is run at positions that are 1 on one axis and 0 on the others, with
+    frequencies whose cosines are all different: the pairs whose cosines appear in the output
+    rotate by that axis. No layout has to be known by name.
     """
     # far enough from each other, and from 1
     cosines = torch.linspace(0.95, 0.05, site.geometry.pairs)
@@ -76,7 +76,7 @@ def read_pairs(site: RopeSite, places: Iterable[Tensor]) -> list[list[int]]:
 
 
 def axis_names(rotary: Rotary, label: str | None) -> tuple[str, ...]:
-    """Return the names of the rows of the positions that a rotary module takes."""
+    """Return the names of the position axes that a rotary module takes."""
     family = rotary.family
     if not hasattr(rotary.original, "mrope_section"):
         return family.axes or ("position",)
@@ -85,7 +85,7 @@ def axis_names(rotary: Rotary, label: str | None) -> tuple[str, ...]:
 
 
 def mrope_section_of(rotary: Rotary, label: str | None) -> tuple[int, ...]:
-    """Return the pairs of each axis as the rotary module has them; empty where it has none."""
+    """Return the module's number of pairs per axis; empty for one-dimensional positions."""
     found: Any = getattr(rotary.original, "mrope_section", None)
     if isinstance(found, dict):
         found = found[label]

@@ -1,9 +1,9 @@
-"""The module that stands in for a family's rotary embedding.
+"""The module that replaces a family's rotary embedding.
 
-It owns the frequencies and leaves everything else (halves or interleaved pairs, half width,
-complex numbers, M-RoPE sections, the output's dtype) to the family's own ``forward``, which it
-calls on a stand-in for the original module whose ``inv_freq`` and ``attention_scaling`` are the
-plan's. The original is not touched, so undoing a patch means putting it back.
+It owns the frequencies and leaves everything else (rotate-half or interleaved pairs, half width,
+complex numbers, M-RoPE sections, output dtype) to the family's own ``forward``, called with a proxy
+for ``self`` whose ``inv_freq`` and ``attention_scaling`` come from the plan. The original module is
+never modified, so undoing a patch means putting it back.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -21,18 +21,18 @@ from hf_rope_ext.rotary.rotation import Rotation
 
 
 class ExtendedRotary(nn.Module):
-    """A family's rotary embedding with other frequencies.
+    """A family's rotary embedding with new frequencies.
 
-    Frequencies stay float32 whatever the model is cast to, and are made afresh wherever the model
-    is moved, so a cast or an empty copy of the model cannot spoil them.
+    Frequencies stay float32 whatever the model is cast to, and are recomputed whenever the model
+    is moved, so neither a cast nor an empty copy of the model can corrupt them.
 
     Args:
-        original: The rotary module whose layout is used.
-        rotations: The sets of frequencies to compute with, by layer type (None where the family
-            does not distinguish); other layer types go to ``original``.
-        patch: What the patch changed beside this module, for undoing it.
-        path: Where it hangs.
-        reads_config: Whether ``original`` computes its frequencies from the config every time.
+        original: The rotary module (or table) it replaces, whose layout it uses.
+        rotations: The frequencies by layer type (None where the family has one set); layer types
+            that are not listed go to ``original``.
+        patch: The patch it belongs to.
+        path: Dotted path from the patched model.
+        reads_config: Whether ``original`` recomputes its frequencies from the config in every call.
     """
 
     original: Any
@@ -54,11 +54,11 @@ class ExtendedRotary(nn.Module):
         self.stock_length: Tensor | None = None
         self.reads_config = reads_config
         self.follow(original)
-        # not registered as a submodule: nothing that walks the model should see it
+        # not a submodule: nothing that walks the model should see the original
         self.__dict__["original"] = original
 
     def follow(self, original: nn.Module | Tensor) -> None:
-        """Take over the device, the mode and the learned tensors of the original."""
+        """Adopt the device, the training mode and the learned tensors of the original."""
         device = _device(original)
         persistent: dict[str, Any] = {}
         if isinstance(original, nn.Module):
@@ -77,12 +77,12 @@ class ExtendedRotary(nn.Module):
     def forward(
         self, x: Tensor, position_ids: Tensor | None = None, layer_type: str | None = None
     ) -> Any:
-        """Return what the family's rotary embedding returns, computed with the plan.
+        """Return the family's cosines and sines, computed with the plan.
 
         Args:
-            x: Gives the dtype and device of the result.
+            x: Determines dtype and device of the result.
             position_ids: ``(batch, seq)``, or ``(axes, batch, seq)`` for M-RoPE.
-            layer_type: Key of the layer type, in families that distinguish.
+            layer_type: The layer type, in families with one set of frequencies for each.
         """
         original = self.__dict__["original"]
         label = layer_type if layer_type in self.rotations else None
@@ -93,8 +93,9 @@ class ExtendedRotary(nn.Module):
         layout = self.rotations[label].layout
         if layout is None:
             return self.run_family_forward(label, frequencies, scaling, *arguments)
-        assert position_ids is not None  # families with several axes always give them
-        # angles for frequencies, at position 1: the family's code is left with the rest
+        assert position_ids is not None  # families with several axes always pass them
+        # a layout of our own: its angles go in as frequencies at position 1, so that the family's
+        # code still does everything else
         order = self.rotations[label].pair_order
         angles = layout.angles(position_ids, frequencies.to(position_ids.device), order)
         still = torch.ones_like(position_ids)
@@ -108,7 +109,7 @@ class ExtendedRotary(nn.Module):
     def run_family_forward(
         self, label: str | None, frequencies: Tensor, scaling: Scale, *arguments: Any
     ) -> Any:
-        """Return what the family's own code makes of frequencies and the arguments of `forward`."""
+        """Run the family's own ``forward`` with these frequencies."""
         original = self.__dict__["original"]
         stand_in = _StandIn(original, self, label, frequencies, scaling)
         return type(original).forward(stand_in, *arguments)
@@ -137,11 +138,11 @@ class ExtendedRotary(nn.Module):
         return known[key]
 
     def names(self) -> dict[str, str | None]:
-        """Return the names of its sets of frequencies in a plan, with their layer types."""
+        """Return the keys of its frequencies in a `CachePlan`, with their layer types."""
         return {f"{self.path} {label}": label for label in self.rotations}
 
     def frequencies_at(self, key: str, lengths: Tensor) -> tuple[Tensor, Scale]:
-        """Return frequencies and scaling by name for rows of these lengths, ``(batch, 1, 1)``."""
+        """Return the frequencies and scaling of one key for row lengths ``(batch, 1, 1)``."""
         label = self.names()[key]
         return self.rotations[label].plan_for(lengths, *self._trained_plan(label))
 
@@ -151,10 +152,10 @@ class ExtendedRotary(nn.Module):
         )
 
     def _stock_length(self, rotation: Rotation, position_ids: Tensor) -> Tensor:
-        """Return the one length that stock transformers would go by, ``(1, 1, 1)``.
+        """Return the single length that stock transformers would use, ``(1, 1, 1)``.
 
-        Its ``dynamic`` keeps the longest one seen until a call is shorter than the trained length;
-        its ``longrope`` looks at the call alone.
+        Its ``dynamic`` remembers the longest call until one is shorter than the trained length; its
+        ``longrope`` uses the current call alone.
         """
         length = row_lengths(position_ids).amax(dim=0, keepdim=True)
         if rotation.method.name == "longrope":
@@ -179,7 +180,7 @@ class ExtendedRotary(nn.Module):
                 setattr(self, name, sound[name])
 
     def take_original(self) -> nn.Module | Tensor:
-        """Return the original, with what was loaded, moved or trained meanwhile."""
+        """Return the original, with tensors that were loaded, moved or trained meanwhile."""
         original = self.__dict__["original"]
         if isinstance(original, nn.Module):
             original.training = self.training
@@ -189,11 +190,11 @@ class ExtendedRotary(nn.Module):
         return original  # type: ignore[no-any-return]
 
     def __getattr__(self, name: str) -> Any:
-        """Look the rest up in the original: some models read attributes of their rotary module."""
+        """Look up other attributes in the original: some models read them there."""
         try:
             return super().__getattr__(name)
         except AttributeError:
-            # private names are hooks and bookkeeping of the module itself
+            # private names are the module's own hooks and bookkeeping
             if name.startswith("_") or "original" not in self.__dict__:
                 raise
             return getattr(self.__dict__["original"], name)
@@ -205,7 +206,7 @@ class ExtendedRotary(nn.Module):
             name = _key(label, "inv_freq")
             moved = getattr(self, name)
             if moved is not buffer:
-                # whatever fn made of the values (a cast, garbage): only the device is its to say
+                # of what fn made, only the device counts: it may have cast or emptied the values
                 setattr(self, name, self.rotations[label].trained_plan()[0].to(moved.device))
         device = _device(self)
         original = self.__dict__["original"]
@@ -225,7 +226,7 @@ class ExtendedRotary(nn.Module):
 
 
 class _StandIn:
-    """What a rotary module's forward takes for ``self``: the plan in front, the original behind."""
+    """The ``self`` of the family's forward: the plan's values first, then the original's."""
 
     def __init__(
         self,
@@ -239,7 +240,7 @@ class _StandIn:
         self.__dict__["extended"] = extended
         setattr(self, _key(label, "inv_freq"), frequencies)
         setattr(self, _key(label, "attention_scaling"), scaling)
-        # of the types, only this one leaves what it is given alone
+        # the only type whose forward does not update the frequencies it is given
         self.rope_type = "default" if label is None else {label: "default"}
         if extended.reads_config:
             self.config = SimpleNamespace(rope_parameters={"rope_type": "default"})
@@ -250,7 +251,7 @@ class _StandIn:
 
 
 def _key(label: str | None, name: str) -> str:
-    """Return the attribute in which families keep ``name`` for a layer type."""
+    """Return the attribute name that families use for a layer type."""
     return name if label is None else f"{label}_{name}"
 
 

@@ -1,8 +1,8 @@
-"""What stands in for a table of sines and cosines, in families without a rotary module.
+"""The replacement for a table of sines and cosines, in families without a rotary module.
 
-Such a family makes a table of a fixed number of positions once and looks its rows up. Here a row
-is computed when it is asked for, so there is no last position, and each row of the batch can have
-its own frequencies.
+Such a family precomputes a table for a fixed number of positions and indexes it. Here rows are
+computed on demand, so there is no last position, and each row of a batch can have its own
+frequencies.
 """
 
 from collections.abc import Mapping
@@ -15,7 +15,7 @@ from hf_rope_ext.rotary.extended import ExtendedRotary
 
 
 class ExtendedTable(ExtendedRotary):
-    """A table of ``[sin, cos]`` rows, answering the three ways the families look rows up."""
+    """A table of ``[sin, cos]`` rows, supporting the three ways in which families index theirs."""
 
     def rows(self, position_ids: Tensor) -> Tensor:
         """Return the rows of these positions.
@@ -30,7 +30,7 @@ class ExtendedTable(ExtendedRotary):
         angles = position_ids[..., None].float() * frequencies.to(position_ids.device)
         rows = torch.cat((angles.sin(), angles.cos()), dim=-1) * scaling
         stock = self._stock_table().to(position_ids.device)
-        # where nothing is changed the stock table's own bits are kept
+        # where the plan changes nothing, keep the bits of the stock table
         trained = self.rotations[None].trained.to(position_ids.device)
         unchanged = (frequencies == trained).all(-1, keepdim=True) & torch.as_tensor(
             scaling == 1.0, device=position_ids.device
@@ -41,12 +41,12 @@ class ExtendedTable(ExtendedRotary):
     def forward(  # type: ignore[override]
         self, shape: torch.Size, past_key_values_length: int = 0, position_ids: Tensor | None = None
     ) -> Tensor:
-        """Return rows as RoFormer's positional embedding does, ``(seq, rotary_dim)``.
+        """Return rows like RoFormer's positional embedding, ``(seq, rotary_dim)``.
 
         Args:
             shape: Shape of the input, ``(batch, seq)``.
             past_key_values_length: First position.
-            position_ids: Positions, ``(seq,)``, instead of the run that starts there.
+            position_ids: Positions ``(seq,)`` to use instead of consecutive ones.
         """
         if position_ids is None:
             start = past_key_values_length
@@ -54,11 +54,11 @@ class ExtendedTable(ExtendedRotary):
         return self.rows(position_ids[None])[0]
 
     def __getitem__(self, position_ids: Tensor) -> Tensor:
-        """Return rows as indexing CodeGen's table does."""
+        """Return rows like indexing CodeGen's table."""
         return self.rows(position_ids)
 
     def repeat(self, *sizes: int) -> "ExtendedTable":
-        """Return the table for a batch, before GPT-J gathers from it."""
+        """Return itself: GPT-J repeats its table over the batch before gathering from it."""
         return self
 
     @property
@@ -68,7 +68,7 @@ class ExtendedTable(ExtendedRotary):
 
     @property
     def device(self) -> torch.device:
-        """Where the frequencies live."""
+        """Device of the frequencies."""
         return self.inv_freq.device  # type: ignore[no-any-return]
 
     @classmethod
@@ -79,7 +79,7 @@ class ExtendedTable(ExtendedRotary):
         args: tuple[Any, ...] = (),
         kwargs: Mapping[str, Any] | None = None,
     ) -> Tensor:
-        """Answer ``torch.gather(table, 1, positions)``, GPT-J's way to look rows up."""
+        """Support ``torch.gather(table, 1, positions)``, which is how GPT-J looks up rows."""
         if func is torch.gather and isinstance(args[0], cls):
             return args[0].rows(args[2][..., 0])
         raise NotImplementedError(f"{func} of a rotary table")

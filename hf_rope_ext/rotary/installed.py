@@ -1,4 +1,4 @@
-"""What a patch in force consists of, and where it is found."""
+"""The patch that is in force in a model."""
 
 from dataclasses import dataclass, field
 from typing import Any
@@ -17,21 +17,21 @@ from hf_rope_ext.rotary.rotation import Rotation
 
 @dataclass(frozen=True, eq=False)
 class Resolved:
-    """What the arguments of `patch_model` come down to on one model.
+    """A call of `patch_model` resolved against one model: everything it will change.
 
     Args:
         method: The method.
         sites: The sets of frequencies it extends.
-        rotations: How each of them is computed.
-        temperature: Where the method's temperature goes.
+        rotations: How each of those sets is computed, in the same order.
+        temperature: Where the method's temperature goes, ``"rotation"`` or ``"logits"``.
         softmax: The softmax scales that change.
         configs: The config attributes that change.
-        record: What the first config keeps, enough to patch the model again.
-        layout: The M-RoPE layout in place of the trained one, None where that is used.
-        visual: How visual tokens are placed, None where as the model does it.
+        record: The record in the first config, from which the patch can be applied again.
+        layout: The M-RoPE layout in place of the trained one, if any.
+        visual: How visual tokens are placed, None for the model's own rule.
         axes: Names of the position axes.
         target: ``"text"`` or ``"vision"``.
-        changes: All that the patch does to the model, in the order in which it is applied.
+        changes: Everything the patch does to the model, in order of application.
     """
 
     method: Method
@@ -49,23 +49,23 @@ class Resolved:
 
     @property
     def has_stock_form(self) -> bool:
-        """Whether pairs and tokens stand where stock transformers has them, whatever the method."""
+        """Whether stock transformers has the same pairs and token positions."""
         return self.visual is None and self.layout is None
 
     @property
     def rotaries(self) -> dict[str, ExtendedRotary]:
-        """The rotary modules put in, by path."""
+        """The new rotary modules by path."""
         swaps = [change for change in self.changes if isinstance(change, SwapRotary)]
         return {swap.module.path: swap.module for swap in swaps}
 
 
 @dataclass(eq=False)
 class SwapRotary:
-    """An `ExtendedRotary` in the place of the rotary module, or the table, that it stands in for.
+    """Replacement of a rotary module, or table, by an `ExtendedRotary`.
 
     Args:
         module: The new module.
-        places: Every parent and name under which the original hangs.
+        places: Every parent module and attribute name that holds the original.
     """
 
     module: ExtendedRotary
@@ -74,7 +74,7 @@ class SwapRotary:
 
     @property
     def parents(self) -> set[nn.Module]:
-        """The modules in which it hangs."""
+        """The modules that hold it."""
         return {parent for parent, _ in self.places}
 
     def apply(self) -> None:
@@ -84,13 +84,13 @@ class SwapRotary:
         for parent, name in self.places:
             setattr(parent, name, self.module)
         hook = getattr(self.module.original, "_hf_hook", None)
-        if hook is not None:  # accelerate moves inputs to the original's device with it
+        if hook is not None:  # accelerate's, which moves inputs to the module's device
             from accelerate.hooks import add_hook_to_module
 
             add_hook_to_module(self.module, hook)
 
     def revert(self) -> None:
-        """Put the original back, with what was loaded, moved or trained meanwhile."""
+        """Put the original back."""
         if not self.applied:
             return
         original = self.module.take_original()
@@ -105,7 +105,7 @@ class SwapRotary:
 
 
 def find_places(model: nn.Module, original: nn.Module | Tensor) -> list[tuple[nn.Module, str]]:
-    """Return every parent and name under which a module or buffer hangs."""
+    """Return every parent module and attribute name that holds a module or buffer."""
     return [
         (parent, name)
         for parent in model.modules()
@@ -115,7 +115,7 @@ def find_places(model: nn.Module, original: nn.Module | Tensor) -> list[tuple[nn
 
 
 def patch_of(model: nn.Module, target: str = "text") -> Resolved | None:
-    """Return the patch of a model's text or vision, None where there is none.
+    """Return the patch of a model's text or vision towers, or None.
 
     Raises:
         UnsupportedModelError: If ``model`` is no module.

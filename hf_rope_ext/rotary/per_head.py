@@ -1,4 +1,4 @@
-"""Cosines and sines that differ between heads, for code that expects them not to."""
+"""Cosines and sines per head, for attention code that expects the same for all heads."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -10,9 +10,9 @@ from torch import Tensor
 class PerHead(Tensor):
     """Cosines (or sines) with an axis of key heads, ``(batch, key heads, seq, width)``.
 
-    The families' rotation multiplies ``(batch, heads, seq, head_dim)`` by cosines that were
-    unsqueezed for the heads. These have their heads already, and meet queries, of which several
-    belong to one key head, as well as keys.
+    Families multiply ``(batch, heads, seq, head_dim)`` by cosines that they unsqueeze to broadcast
+    over heads. These already have a head axis, and are multiplied by keys and by queries, of which
+    several share a key head.
     """
 
     @classmethod
@@ -21,7 +21,7 @@ class PerHead(Tensor):
 
         Args:
             by_axis: Cosines and sines of each axis, ``(batch, seq, width)``.
-            rows: Axis of each key head.
+            rows: Row of ``by_axis`` that each key head uses.
         """
         cos, sin = (
             torch.stack([by_axis[row][part] for row in rows], dim=1).as_subclass(cls)
@@ -37,7 +37,7 @@ class PerHead(Tensor):
         args: tuple[Any, ...] = (),
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
-        """Keep the heads through reshaping of the last dimension, and meet a query or key."""
+        """Ignore the unsqueeze, and repeat key heads in a product with queries."""
         if func in (torch.unsqueeze, Tensor.unsqueeze):
             return args[0]
         if func in (torch.mul, Tensor.mul, Tensor.__mul__, Tensor.__rmul__):

@@ -1,11 +1,10 @@
-"""Which length decides the plan of a length-dependent method.
+"""Plans of requests: which length decides the frequencies of a length-dependent method.
 
-A call without a cache is its own request: each row's length is its largest position + 1, whatever
-its neighbours in the batch, the padding or the shape of the tensors. A cache has one plan from its
-first token to its last, because keys and values of deeper layers come from hidden states made under
-it: `generate` knows its last position beforehand, a cache of fixed size its size, and only a loop
-written by hand can outgrow its plan. Plans live with their cache and with the running call, never
-on a module.
+A call without a cache is a request of its own: the length of each row is its largest position + 1,
+whatever else is in the batch. A cache keeps one plan for all its tokens, because the keys and
+values of deeper layers come from hidden states computed under it: `generate` knows its last
+position in advance, a cache of fixed size knows its size, and only a hand-written loop can outgrow
+its plan. Plans live on their cache and on the running call, never on a module.
 """
 
 import math
@@ -23,7 +22,7 @@ from hf_rope_ext.geometry import Scale
 
 ON_GROWTH = ("rerotate", "error", "freeze")
 GROWTH = 1.1
-"""By what an outgrown plan grows where ``buckets`` says nothing."""
+"""Growth step of an outgrown plan where ``buckets`` is not set."""
 
 
 @dataclass(frozen=True)
@@ -31,14 +30,14 @@ class RequestPolicy:
     """How a length-dependent method follows requests: ``patch_model(..., requests=...)``.
 
     Args:
-        on_growth: What happens when a loop written by hand outgrows the plan of its cache:
-            ``"rerotate"`` turns the cached keys to the longer plan's angles, ``"error"`` raises
-            before the call, ``"freeze"`` goes on with the plan there is.
-        buckets: Planned lengths beyond the trained one are rounded up to the trained length times
-            a power of this; None plans for the request exactly.
-        compat: ``"transformers"`` follows stock transformers instead: one length for the whole
-            batch, chosen anew at every call, cached keys as they were.
-        on_plan: Called with the `RequestPlan` of every request as soon as it is made or grown.
+        on_growth: What to do when a hand-written loop outgrows the plan of its cache:
+            ``"rerotate"`` rotates the cached keys to the longer plan's angles, ``"error"`` raises
+            before the call, ``"freeze"`` continues with the existing plan.
+        buckets: Round planned lengths beyond the trained one up to the trained length times a
+            power of this number, above 1; None plans for the exact length.
+        compat: ``"transformers"`` reproduces stock transformers instead: one length for the whole
+            batch, chosen anew at every call, cached keys left as they are.
+        on_plan: Called with the `RequestPlan` of every request when it is made or grown.
     """
 
     on_growth: str = "rerotate"
@@ -62,11 +61,11 @@ class RequestPolicy:
             )
 
     def changed_settings(self) -> list[str]:
-        """Return the names of the settings that are not at their default."""
+        """Return the names of settings that differ from their defaults."""
         return [own.name for own in fields(self) if getattr(self, own.name) != own.default]
 
     def to_dict(self) -> dict[str, Any]:
-        """Return what a record keeps of it: everything but the function to call."""
+        """Return plain JSON data: every setting in force but the callback."""
         if self.compat is not None:
             return {"compat": self.compat}
         return {"on_growth": self.on_growth, "buckets": self.buckets}
@@ -75,12 +74,12 @@ class RequestPolicy:
         """Return lengths rounded up to buckets; those within the trained length stay."""
         if self.buckets is None:
             return lengths
-        # one millionth of a step keeps a length that is a bucket in it
+        # a millionth of a step, so that rounding does not push an exact bucket to the next
         steps = (torch.log(lengths / trained) / math.log(self.buckets) - 1e-6).ceil()
         return torch.where(lengths > trained, trained * self.buckets**steps, lengths)
 
     def grow(self, tokens: int, trained: int) -> int:
-        """Return the capacity of a cache that needs to hold ``tokens``: a geometric step."""
+        """Return the new capacity of a cache that must hold ``tokens``: the next geometric step."""
         step = self.buckets or GROWTH
         steps = math.ceil(math.log(max(tokens / trained, 1.0)) / math.log(step) - 1e-6)
         return max(tokens, math.ceil(trained * step**steps))
@@ -88,19 +87,19 @@ class RequestPolicy:
 
 @dataclass(eq=False)
 class CachePlan:
-    """What one request is planned for; its cache carries it.
+    """The plan of one request, kept on its cache.
 
     Args:
-        method: What it was planned with, in words; a cache is used with no other.
-        trained: The trained length in positions.
-        policy: How it was planned.
-        capacity: Tokens, padding included, that it is good for.
+        method: The method, as text; a cache cannot be used with another one.
+        trained: Trained length in positions.
+        policy: The policy it was made under.
+        capacity: Number of tokens, padding included, that it covers.
         lengths: Length of each row in positions, ``(batch or 1, 1, 1)``; None before the first
             call.
-        positions: Position of every cached token as the rotary embedding was given them; None
-            where growth needs none.
-        frequencies: Frequencies and scaling by rotary module and layer type, made at first use.
-        has_images: Whether axes of positions have differed, a tensor of one truth value; None where
+        positions: Positions of all cached tokens as passed to the rotary embedding; None where
+            growth does not need them.
+        frequencies: Frequencies and scaling by rotary module and layer type, computed on first use.
+        has_images: Whether position axes have ever differed, a boolean scalar tensor; None where
             there is one axis.
     """
 
@@ -114,7 +113,7 @@ class CachePlan:
     has_images: Tensor | None = None
 
     def report(self) -> "RequestPlan":
-        """Return it in public form."""
+        """Return its public form."""
         assert self.lengths is not None, "before the first call"
         lengths = self.policy.round_up(self.lengths, self.trained)
         return RequestPlan(self.method, lengths.flatten(), self.trained)
@@ -122,18 +121,18 @@ class CachePlan:
 
 @dataclass(eq=False)
 class Call:
-    """One running forward of a text model.
+    """A running forward of a text model.
 
     Args:
-        plan: Of its request.
-        seen: Tokens in the cache before this call.
-        ahead: Positions beyond this call that the plan is for.
-        size: Positions a cache of fixed size has room for, None for other caches.
-        records: Whether positions are kept, for growth.
-        outer: The call it runs in.
+        plan: The plan of its request.
+        seen: Number of tokens in the cache before this call.
+        ahead: Number of positions beyond this call that the plan covers.
+        size: Capacity of a cache of fixed size in positions, None for other caches.
+        records: Whether to record positions, for growth.
+        outer: The call it is nested in.
         is_new: Whether the plan is made in this call.
-        is_noted: Whether its positions were seen.
-        owner: Who began it.
+        is_noted: Whether its positions have been recorded.
+        owner: The planner that began it.
     """
 
     plan: CachePlan
@@ -147,7 +146,7 @@ class Call:
     owner: object = None
 
     def record_positions(self, position_ids: Tensor) -> Tensor:
-        """Take in the positions of the call, at the first rotary embedding that gets them.
+        """Record the positions of the call; the first rotary embedding that gets them does this.
 
         Returns:
             The planned length of each row, ``(batch or 1, 1, 1)``.
@@ -155,7 +154,7 @@ class Call:
         plan = self.plan
         if plan.lengths is None:
             plan.lengths = row_lengths(position_ids) + self.ahead
-            if self.size is not None:  # videos can take more positions than tokens
+            if self.size is not None:  # a video can take more positions than tokens
                 plan.lengths = plan.lengths.clamp(min=self.size)
         if position_ids.ndim == 3 and position_ids.shape[-1] > 1 and not self.is_noted:
             differ = (position_ids != position_ids[:1]).any()
@@ -165,7 +164,7 @@ class Call:
             if past is None or self.seen == 0:
                 plan.positions = position_ids
             else:
-                # a row can stand for all rows, and one axis for all axes
+                # one row may stand for all rows, and one axis for all axes
                 shape = (*torch.broadcast_shapes(past.shape[:-1], position_ids.shape[:-1]), -1)  # type: ignore[no-untyped-call]
                 both = (past[..., : self.seen].expand(shape), position_ids.expand(shape))
                 plan.positions = torch.cat(both, dim=-1)
@@ -175,12 +174,12 @@ class Call:
 
 @dataclass
 class Generation:
-    """One running ``generate``.
+    """A running ``generate``.
 
     Args:
-        max_length: Tokens of the longest row when it is done; None until it is known.
-        input_ids: The text it was given, ``(batch, seq)``, None where there is none.
-        outer: The one it runs in, such as that of the model an assistant drafts for.
+        max_length: Final number of tokens of the longest row; None until it is known.
+        input_ids: Its prompt, ``(batch, seq)``, if it has one.
+        outer: The one it is nested in, such as that of the model an assistant drafts for.
     """
 
     max_length: int | None = None
@@ -189,7 +188,7 @@ class Generation:
 
 
 class _Running(threading.local):
-    """What runs in this thread."""
+    """The call and the generation that are running in this thread."""
 
     call: Call | None = None
     generation: Generation | None = None
@@ -203,7 +202,7 @@ class RequestPlan:
     """What a request is planned for.
 
     Args:
-        method: Name and knobs of the method.
+        method: The method and its knobs, as text.
         lengths: Length of each row in positions, ``(rows,)``, on the model's device.
         trained: The trained length in positions.
     """
@@ -214,13 +213,13 @@ class RequestPlan:
 
     @property
     def factors(self) -> list[float]:
-        """Length over trained length of each row, at least 1 (waits for the device)."""
+        """Each row's length over the trained length, at least 1 (synchronizes with the device)."""
         ratios: list[float] = (self.lengths / self.trained).clamp(min=1.0).tolist()
         return ratios
 
 
 def plan_of(held: Any) -> CachePlan | None:
-    """Return the plan of a cache, or of a model output that holds one; None where there is none."""
+    """Return the plan on a cache, or on the cache of a model output; None if there is none."""
     cache = getattr(held, "past_key_values", held)
     return getattr(cache, "hf_rope_ext_plan", None)
 

@@ -1,4 +1,4 @@
-"""How one set of rotary frequencies is computed."""
+"""One set of rotary frequencies: method, trained geometry and layout, and what they compute."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -18,17 +18,17 @@ UNCHANGED = 1e-12
 
 @dataclass(frozen=True, eq=False)
 class Rotation:
-    """How one set of frequencies is computed.
+    """One set of rotary frequencies of a patched model.
 
     Args:
-        method: What extends them.
+        method: The method that extends them.
         geometry: What was trained.
-        trained: The frequencies the stock model computes with, float32, on the CPU, in the order
-            the family stores them.
+        trained: The stock model's frequencies, float32, on the CPU, in the order in which the
+            family stores them.
         pair_order: That order, None for the natural one.
         scales_rotation: Whether the temperature goes into cos and sin.
         policy: How a length-dependent method follows requests.
-        layout: A layout in place of the family's own, None for that.
+        layout: An M-RoPE layout in place of the family's own, if any.
     """
 
     method: Method
@@ -40,12 +40,12 @@ class Rotation:
     layout: AppliedLayout | None = None
 
     def trained_plan(self) -> tuple[Tensor, float]:
-        """Return the static plan, or a length-dependent one's up to the trained length.
+        """Return the static plan, or a length-dependent method's plan within the trained length.
 
         Returns:
             Frequencies, float32, ``(pairs,)`` (``(axes, pairs)`` where heads have axes), and what
-            cos and sin are multiplied by. A pair that the method leaves alone keeps the bits of the
-            stock buffer: float64 rounded to float32 can differ from it in the last one.
+            cos and sin are multiplied by. A pair that the method leaves alone keeps the stock
+            buffer's bits, since float64 rounded to float32 can differ from it in the last one.
         """
         plan = self._planned(self.method.plan, self.geometry)
         same = torch.isclose(plan.inv_freq, self.geometry.inv_freq(), rtol=UNCHANGED, atol=0.0)
@@ -74,7 +74,7 @@ class Rotation:
         within, beyond = inv_freq.to(lengths.device), lengths > trained
         if within.ndim == 2:
             within, before = within[:, None, None], before[:, None, None]
-        # what does not follow the request, such as another axis, keeps its bits
+        # pairs that do not follow the request, such as those of another axis, keep their bits
         moved = beyond & ~torch.isclose(plan.inv_freq, before, rtol=UNCHANGED, atol=0.0)
         frequencies = torch.where(
             self.to_family_order(moved), self.to_family_order(plan.inv_freq).float(), within
@@ -86,10 +86,10 @@ class Rotation:
     def _planned(
         self, plan: Callable[[RopeGeometry], FrequencyPlan], geometry: RopeGeometry
     ) -> FrequencyPlan:
-        """Return a plan as the layout has it.
+        """Return the plan under the layout.
 
-        Pairs that rest have frequency 0. Where heads have axes it is planned for every axis, as if
-        all pairs turned by it.
+        Resting pairs have frequency 0. Where heads have axes, there is a plan for each axis, as if
+        all pairs rotated by it.
         """
         planned, layout = plan(geometry), self.layout
         if layout is None:
@@ -106,11 +106,11 @@ class Rotation:
         return replace(planned, inv_freq=inv_freq)
 
     def drop_unused_axes(self, inv_freq: Tensor) -> Tensor:
-        """Return frequencies without those of axes that no head turns by."""
+        """Drop the frequencies of axes that no head rotates by."""
         if self.layout is None or not self.layout.per_head:
             return inv_freq
         return inv_freq[sorted(set(self.layout.rows))]
 
     def to_family_order(self, per_pair: Tensor) -> Tensor:
-        """Return values per pair in the order the family stores them."""
+        """Return per-pair values in the order in which the family stores pairs."""
         return per_pair if self.pair_order is None else per_pair[..., self.pair_order]

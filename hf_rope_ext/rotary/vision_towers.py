@@ -1,8 +1,8 @@
 """The axial rotary embeddings of vision towers, for images larger than in training.
 
-A position is a patch's place in the grid, and each axis has its own coordinates of a head. The
-families keep one set of frequencies that all axes share and compute ``position * inv_freq`` by
-broadcasting, so frequencies of shape ``(axes, pairs)`` give every axis its own through their code.
+A position is a patch's row and column in the grid, and each axis rotates its own coordinates of a
+head. Families share one set of frequencies between axes and compute ``position * inv_freq`` by
+broadcasting, so frequencies of shape ``(axes, pairs)`` give each axis its own through their code.
 """
 
 import inspect
@@ -25,12 +25,12 @@ from hf_rope_ext.rotary.axes import assign_axes, read_pairs
 from hf_rope_ext.rotary.rotation import Rotation
 
 TOWER_AXES = ("h", "w")
-"""The axes of a patch's position, in most families."""
+"""Axes of a patch's position in most families."""
 
 
 @dataclass(frozen=True, eq=False)
 class AxialRotation(Rotation):
-    """How the frequencies of a vision tower are computed.
+    """One set of axial frequencies of a vision tower.
 
     Args:
         names: The axes of a position, in the order of its coordinates.
@@ -41,7 +41,7 @@ class AxialRotation(Rotation):
     def _planned(
         self, plan: Callable[[RopeGeometry], FrequencyPlan], geometry: RopeGeometry
     ) -> FrequencyPlan:
-        """Return a plan; where axes share the pairs and not the method, ``(axes, pairs)``."""
+        """Return the plan; ``(axes, pairs)`` where axes share pairs but not the method."""
         if geometry.axes is not None or not isinstance(self.method, PerAxis):
             return plan(geometry)
         plans = [plan(replace(geometry, axes=(name,) * geometry.pairs)) for name in self.names]
@@ -62,7 +62,7 @@ def read_towers(
             largest image. When not given, ``image_size`` over ``patch_size`` of the vision config.
 
     Raises:
-        RopeError: If there is none, or its geometry or trained length cannot be told for sure.
+        RopeError: If there is none, or its geometry or trained length cannot be determined.
     """
     sites = []
     for rotary in find_towers(model):
@@ -92,7 +92,7 @@ def read_towers(
 
 
 def trained_side(config: Config) -> int | None:
-    """Return the patches along the longer side of the largest trained image, if a config says."""
+    """Return the largest trained image's longer side in patches, if the config gives it."""
     image, patch = setting(config, "image_size"), setting(config, "patch_size")
     if not image or not patch:
         return None
@@ -105,18 +105,18 @@ def tower_axes(site: RopeSite) -> tuple[str, ...]:
 
 
 def with_axis_names(geometry: RopeGeometry, names: tuple[str, ...]) -> RopeGeometry:
-    """Return a geometry that says which axes there are, for checking a request by axis."""
+    """Return the geometry with the axes' names, for checking arguments given by axis."""
     return geometry if geometry.axes is not None else replace(geometry, axes=names)
 
 
 def pairs_by_axis(site: RopeSite) -> list[list[int]]:
-    """Return the stored pairs that each axis turns."""
+    """Return the indices of the stored pairs that each axis rotates."""
     points = torch.eye(len(tower_axes(site)))
     return read_pairs(site, [shape_position(site.rotary.original, point) for point in points])
 
 
 def shape_position(original: Any, point: Tensor) -> Tensor:
-    """Return a position ``(axes,)`` in the shape a family takes, with a batch or without."""
+    """Return a position ``(axes,)`` in the shape the family takes, with or without a batch."""
     try:
         original(point.new_zeros(1, 1, 1), point.new_zeros(1, 1, len(point)))
     except IndexError:
@@ -127,15 +127,15 @@ def shape_position(original: Any, point: Tensor) -> Tensor:
 def tower_changes(
     sites: Sequence[RopeSite], method: Method, settings: Mapping[str, Any]
 ) -> list[SetAttributes]:
-    """Return what the vision configs of a patched model shall say.
+    """Return the config changes for a patched vision tower.
 
-    Stock code reads another base. It computes no other scaling of a vision tower, and stops at a
-    ``rope_type`` that it does not know.
+    Stock code can read another base, but knows no other scaling of a vision tower: those get a
+    ``rope_type`` of our own, at which it stops.
 
     Args:
         sites: The sites that the method extends.
         method: What extends them.
-        settings: What the record needs for patching again.
+        settings: Further entries of the record.
     """
     changes = []
     for config in {id(site.config): site.config for site in sites}.values():
@@ -160,7 +160,7 @@ def tower_changes(
 
 
 def smallest_images(tower: nn.Module, device: torch.device) -> list[dict[str, Any]]:
-    """Return inputs of one small image, in the forms to try, for running a vision tower."""
+    """Return candidate inputs of one small image for running a vision tower."""
     config, accepted = tower.config, inspect.signature(tower.forward).parameters
     dtype = next(part.dtype for part in tower.parameters() if part.is_floating_point())
     side = _side(setting(config, "patch_size", 14))
@@ -191,7 +191,7 @@ def smallest_images(tower: nn.Module, device: torch.device) -> list[dict[str, An
 
 
 def _side(size: Any) -> int:
-    """Return the longer of the sides a config gives, as a number, a pair or a mapping."""
+    """Return the longer side of a size given as a number, a pair or a mapping."""
     if isinstance(size, Mapping):
         size = tuple(size.values())
     return int(max(size)) if isinstance(size, Sequence) else int(size)
