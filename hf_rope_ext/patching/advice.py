@@ -1,4 +1,4 @@
-"""What the user should know about a patch that was served as asked."""
+"""Warnings to show after a successful patch."""
 
 import math
 
@@ -10,7 +10,7 @@ from hf_rope_ext.rotary.installed import Resolved
 
 
 def advice(resolved: Resolved) -> list[str]:
-    """Return what the user should know about a patch that went in."""
+    """Return the warnings to show after a successful patch; `describe` repeats them as notes."""
     notes = [
         f"{site.path}: the frequencies were rebuilt from the config, because {site.rebuilt}."
         for site in resolved.sites
@@ -45,9 +45,10 @@ def _temperature_advice(site: RopeSite, resolved: Resolved) -> str | None:
     if resolved.temperature == "logits" or math.isclose(intended, effective):
         return None
     return (
-        f"{site.path}: {resolved.method.name} means to multiply attention logits by "
-        f"{intended:.3f}, but in model_type={site.config.model_type!r} cos and sin only reach "
-        f"{effective:.3f} of it. Stock transformers has the same; temperature='logits' has not."
+        f"{site.path}: {resolved.method.name} is meant to multiply attention logits "
+        f"by {intended:.3f}, but in model_type={site.config.model_type!r} scaling cos and sin "
+        f"multiplies them by {effective:.3f}, as in stock transformers. temperature='logits' gives "
+        f"the full effect."
     )
 
 
@@ -69,8 +70,8 @@ def _window_advice(site: RopeSite, method: Method) -> str | None:
     if site.label is not None or bound is None or target is None or target <= bound:
         return None
     return (
-        f"{site.path}: the model has layers with a sliding window of {bound} positions; they "
-        f"cannot see past it, whatever their frequencies."
+        f"{site.path}: some layers have a sliding window of {bound} positions and cannot see "
+        f"past it, whatever their frequencies."
     )
 
 
@@ -78,8 +79,8 @@ def _dropped_key_advice(site: RopeSite) -> str | None:
     if "attn_factor" not in site.found:
         return None
     return (
-        f"{site.path}: the config's attn_factor={site.found['attn_factor']!r} is dropped; "
-        f"transformers never read it. Pass attention_factor to set the temperature."
+        f"{site.path}: the config's attn_factor={site.found['attn_factor']!r} is dropped, "
+        f"because transformers never reads it. Pass attention_factor to set the temperature."
     )
 
 
@@ -88,9 +89,9 @@ def _section_advice(site: RopeSite) -> str | None:
     if not own or sum(own) == pairs:
         return None
     return (
-        f"{site.path}: mrope_section {list(own)!r} is for {sum(own)} pairs, but {pairs} turn; "
-        f"stock code does not mind, and gives the axes other pairs than meant. Check the config: "
-        f"the key is lost easily, and then a default of the class is taken."
+        f"{site.path}: mrope_section {list(own)!r} covers {sum(own)} pairs, but {pairs} rotate; "
+        f"stock code accepts this and assigns pairs to axes differently than intended. Check the "
+        f"config: where the key is lost, the config class's default applies."
     )
 
 
@@ -102,8 +103,7 @@ def _layout_advice(resolved: Resolved) -> str | None:
     else:
         return None
     return (
-        f"{other} the model was trained with: it has to be trained before it understands an image; "
-        f"text is as it was."
+        f"{other} the model was trained with: images need fine-tuning under it; text is unaffected."
     )
 
 

@@ -1,4 +1,4 @@
-"""What is in force in a model, read from its live buffers and not from its config."""
+"""Describe the RoPE in force in a model, from its live buffers rather than its config."""
 
 import io
 import math
@@ -23,26 +23,26 @@ SAME = 1e-6
 
 @dataclass(frozen=True)
 class SiteDescription:
-    """One set of rotary frequencies as it computes now.
+    """One set of rotary frequencies as it is computed now.
 
     Args:
-        path: Where the module hangs.
+        path: Dotted path of the rotary module.
         layer_type: The layer type it serves, None for all.
-        axis: The position axis whose pairs are meant, None for all.
+        axis: The position axis whose pairs are described, None for all.
         scaling: The method in force, or the ``rope_type`` of the model's own config.
         base: ``rope_theta`` as trained.
         rotary_dim: Rotated coordinates of a head.
         head_dim: All coordinates of a head.
         original_max_position_embeddings: Trained length in positions.
         pairs: Number of pairs.
-        untouched_pairs: Pairs that turn as in training.
-        largest_slowdown: Trained over live frequency of the pair slowed most; None if one rests.
+        untouched_pairs: Number of pairs that rotate as in training.
+        largest_slowdown: Largest ratio of trained to live frequency; None if a pair rests.
         attention_scaling: What cos and sin are multiplied by.
-        logit_factor: What that means to do to attention logits.
-        effective_logit_factor: What it does to them in this family.
-        sound: Whether the live buffer is the plan, to float32.
-        dtype: Of the live buffer.
-        device: Of the live buffer.
+        logit_factor: The intended factor on attention logits.
+        effective_logit_factor: The factor that results in this family.
+        sound: Whether the live buffer equals the plan to float32.
+        dtype: Dtype of the live buffer.
+        device: Device of the live buffer.
     """
 
     path: str
@@ -66,19 +66,19 @@ class SiteDescription:
 
 @dataclass(frozen=True)
 class Description:
-    """What `describe` found; prints as a table.
+    """Result of `describe`; prints as a table.
 
     Args:
-        model_type: Of the text model's config.
-        method: Name and knobs of the patch in force, None where there is none.
-        factor: Its factor, None where it has none.
-        max_position_embeddings: Of the text model's config, as generate and lm-eval read it.
-        mrope_layout: The M-RoPE layout in place of the trained one, None where that is used.
-        visual_positions: How visual tokens are placed, None where as the model does it.
-        modules: Number of rotary modules concerned.
+        model_type: The text model's ``model_type``.
+        method: Name and knobs of the method in force, None if the model is not patched.
+        factor: Its factor, if it has one.
+        max_position_embeddings: The text config's limit, which generate and lm-eval read.
+        mrope_layout: The M-RoPE layout in place of the trained one, if any.
+        visual_positions: How visual tokens are placed, None for the model's own rule.
+        modules: Number of rotary modules described.
         sites: Their sets of frequencies.
-        notes: What to know about them.
-        vision: The same of the vision towers, None where they are not patched.
+        notes: Warnings about them.
+        vision: The same for the vision towers, None if they are not patched.
     """
 
     model_type: str
@@ -146,15 +146,15 @@ class Description:
 
 
 def describe(model: nn.Module, request: Any = None) -> Description:
-    """Return what rotates in the text model, patched or not, and in patched vision towers.
+    """Describe the RoPE of the text model, patched or not, and of patched vision towers.
 
     Args:
         model: The model.
-        request: A cache, or an output that holds one, of a model with a length-dependent method:
-            the longest row of its plan is described. When not given, the method's target length.
+        request: A cache, or an output with one, of a model with a length-dependent method, to
+            describe the plan of its longest row. By default, the method's target length.
 
     Raises:
-        RopeError: If the model has no rotary embedding, or the request no plan.
+        RopeError: If the model has no rotary embedding, or the request has no plan.
     """
     patch, vision = patch_of(model), _vision(model)
     if patch is None:
@@ -188,7 +188,7 @@ def describe(model: nn.Module, request: Any = None) -> Description:
 
 
 def _vision(model: nn.Module) -> Description | None:
-    """Describe the vision towers of a model, where they are patched."""
+    """Describe the vision towers of a model, if they are patched."""
     patch = patch_of(model, "vision")
     if patch is None:
         return None
@@ -213,7 +213,7 @@ def _planned_length(request: Any) -> int:
     plan = request_plan(request)
     if plan is None:
         raise RopeError(
-            f"{type(request).__name__} holds no cache that a length-dependent method has planned."
+            f"{type(request).__name__} holds no cache planned by a length-dependent method."
         )
     return math.ceil(plan.lengths.max())
 
@@ -225,10 +225,10 @@ def _settings(value: Any) -> dict[str, Any] | None:
 def _patched(
     site: RopeSite, model: nn.Module, resolved: Resolved, length: int | None
 ) -> list[SiteDescription]:
-    """Describe a patched site by what it computes at a length, else at the far end of the plan.
+    """Describe what a patched site computes at a length, by default the end of its plan.
 
     Returns:
-        An entry for each axis where each has a method of its own, else one.
+        One entry, or one for each axis where axes have methods of their own.
     """
     module = next(
         part
@@ -314,14 +314,14 @@ def _entry(
 def _slowdown(
     site: RopeSite, live: Tensor, axis: str | None, names: tuple[str, ...]
 ) -> tuple[Tensor, Tensor]:
-    """Return trained over live frequencies, and which pairs turn in training, of an axis or all."""
+    """Return trained over live frequencies, and which pairs rotate in training, by axis or all."""
     slowdown = site.inv_freq.double() / live.cpu().double().squeeze()
     turning = (site.inv_freq > 0).expand_as(slowdown)
     if axis is not None and slowdown.ndim == 1:
         order = site.pair_order or range(site.geometry.pairs)
         own = torch.tensor([(site.geometry.axes or ())[pair] == axis for pair in order])
         return slowdown[own], turning[own]
-    if slowdown.ndim == 2:  # frequencies by axis, all alike where there is one method
+    if slowdown.ndim == 2:  # frequencies by axis, equal where there is one method
         row = 0 if axis is None else names.index(axis)
         return slowdown[row], turning[row]
     return slowdown, turning

@@ -1,7 +1,6 @@
-"""Put a method into a loaded model, and take it out again.
+"""Patch a loaded model with a method, and undo it.
 
-What changes is the model passed in and its config, nothing else: no class, no registry, no other
-model.
+Only the given model and its config change: no class, no registry, no other model.
 """
 
 import warnings
@@ -62,30 +61,29 @@ def patch_model(
         model: A transformers model or anything around one: PEFT, quantized, dispatched, compiled,
             a vision-language model, whose text model is then meant.
         method: A name from `available_methods`, also with modifiers (``"yarn+resonance"``), or a
-            method object. On a model with M-RoPE also one for each axis, ``{"t": "yarn", "w":
-            "linear"}``; the pairs of other axes then stay as they are.
+            method object. On a model with M-RoPE also by axis, ``{"t": "yarn", "w": "linear"}``;
+            the pairs of other axes keep their frequencies.
         factor: Target length over trained length, at least 1. 1 leaves every logit bit-identical
             (except with ``dynamic``, where ``factor`` means something else). Like any knob, on a
             model with M-RoPE also by axis: ``{"t": 4, "h": 1}``.
         target_length: Target length in positions, instead of ``factor``.
         original_max_position_embeddings: The trained length in positions, where the config's
             ``max_position_embeddings`` is not it.
-        layer_types: In families with ``rope_parameters`` per layer type, which to extend. When not
-            given, those without a bounded attention window.
-        limit_only: Whether the frequencies stay as they are and the length that the config allows
-            is raised alone.
-        mrope_layout: On a model with M-RoPE, which pairs turn by which axis: a name or an
-            `MRopeLayout`, for training and study; the model's own when not given.
-        visual_positions: On a model with M-RoPE, where the tokens of images and videos are placed;
-            as the model does it, or as ``mrope_layout`` has it, when not given. Only positions that
-            the model computes are concerned, not ``position_ids`` passed in.
+        layer_types: In families with ``rope_parameters`` per layer type, which ones to extend; by
+            default those without a sliding window.
+        limit_only: Only raise the length limit in the config; the frequencies stay as they are.
+        mrope_layout: On a model with M-RoPE, which pairs rotate by which axis: a name or an
+            `MRopeLayout`, for training and research. By default the model's own.
+        visual_positions: On a model with M-RoPE, where to place the tokens of images and videos. By
+            default as ``mrope_layout`` or the model does. Applies to positions that the model
+            computes, not to ``position_ids`` passed in.
         temperature: Where a method's temperature goes: ``"rotation"``, into cos and sin as in
             transformers; ``"logits"``, into the attention's softmax scale, which also works where
             only part of a head rotates or queries and keys are normalised after rotation.
-        replace: Whether a patch, or a scaling in the model's own config, is replaced. The method
-            then starts from the unscaled geometry; factors never compound.
-        probe: Whether to check afterwards that the rotary embedding computes the plan and that the
-            attention uses it.
+        replace: Whether to replace an existing patch, or a scaling in the model's own config. The
+            method then starts from the unscaled geometry; factors never compound.
+        probe: Whether to verify afterwards that the rotary embedding computes the plan and that
+            the attention uses it.
         requests: For length-dependent methods: how a request is planned, and what happens when it
             outgrows its plan; see `RequestPolicy`.
         on_growth: The same as ``requests=RequestPolicy(on_growth=...)``; so are the next three.
@@ -93,15 +91,15 @@ def patch_model(
         compat: See `RequestPolicy`.
         on_plan: See `RequestPolicy`.
         target: ``"text"``, or ``"vision"``: the axial rotary embeddings of the vision towers, for
-            images larger than in training. Lengths are then patches along the longer side, and an
-            axis is ``"h"`` or ``"w"``. The two are patched, described and undone apart.
+            images larger than in training. Lengths then count patches along the longer side, and
+            axes are ``"h"`` and ``"w"``. The two targets are patched and undone independently.
         **method_knobs: The method's other knobs.
 
     Returns:
         ``model``.
 
     Raises:
-        RopeError: One of its children says what is wrong; the model is then as it was.
+        RopeError: One of its subclasses; the model is then unchanged.
     """
     previous = patch_of(model, target)
     if previous is not None and not replace:
@@ -146,11 +144,11 @@ def patch_model(
 
 
 def unpatch_model(model: nn.Module, target: str | None = None) -> nn.Module:
-    """Undo `patch_model`: modules, buffers and config are bit for bit what they were.
+    """Undo `patch_model`: modules, buffers and config return to what they were, bit for bit.
 
     Args:
         model: The model.
-        target: ``"text"`` or ``"vision"``; what is patched of both when not given.
+        target: ``"text"`` or ``"vision"``; by default whichever is patched.
 
     Returns:
         ``model``.
@@ -171,7 +169,15 @@ def unpatch_model(model: nn.Module, target: str | None = None) -> nn.Module:
 def patched(
     model: nn.Module, method: str | Method | Mapping[str, str | Method], **arguments: Any
 ) -> Iterator[nn.Module]:
-    """Patch a model for the duration of a ``with`` block; arguments are `patch_model`'s."""
+    """Patch a model for the duration of a ``with`` block.
+
+    Afterwards the model has the patch it had before, if any, whatever was done to it in the block.
+
+    Args:
+        model: The model.
+        method: As in `patch_model`.
+        **arguments: As in `patch_model`; with ``replace=True`` an existing patch comes back.
+    """
     target = arguments.get("target", "text")
     before = patch_of(model, target)
     patch_model(model, method, **arguments)
@@ -179,7 +185,7 @@ def patched(
         yield model
     finally:
         after = patch_of(model, target)
-        if after is not before:  # whatever was patched or undone within the block
+        if after is not before:  # also where the block itself patched or unpatched
             if after is not None:
                 revert_all(after.changes)
             if before is not None:

@@ -1,7 +1,7 @@
-"""Place the visual tokens of a patched model: its own rule first, then ours.
+"""Place the visual tokens of a patched model by a rule of our own, after the model's rule.
 
-A vision-language model computes the positions of images, videos and text in one method, which gets
-a stand-in on the instance patched; its class stays as it is.
+A vision-language model computes the positions of images, videos and text in one method. The patched
+instance gets a stand-in for it; the class is not changed.
 """
 
 from collections.abc import Iterator
@@ -24,9 +24,9 @@ class PlacedIndex(StandIn):
 
     Args:
         model: The model.
-        rule: Where visual tokens shall stand.
+        rule: The rule.
         axes: Names of the axes of its positions.
-        next_text: Its own rule for the text behind them.
+        next_text: The model's own rule for the text after them.
     """
 
     name = "get_rope_index"
@@ -40,10 +40,10 @@ class PlacedIndex(StandIn):
         self.next_text = next_text
 
     def __call__(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Return positions ``(axes, batch, seq)`` and how far they lag behind the tokens.
+        """Return positions ``(axes, batch, seq)`` and their offsets from tokens, ``(batch, 1)``.
 
         Raises:
-            RopeError: If the model did not place its visual tokens as it is known to.
+            RopeError: If the model's own positions do not follow its known rule.
         """
         positions, _ = self.stock(*args, **kwargs)
         given = self.__signature__.bind(*args, **kwargs).arguments
@@ -73,16 +73,16 @@ class PlacedIndex(StandIn):
 def placement_changes(
     model: nn.Module, configs: list[Config], rule: VisualPositions, axes: tuple[str, ...]
 ) -> list[SetAttributes]:
-    """Return the changes that make the models around a text model place visual tokens by a rule.
+    """Return the changes that make a model place visual tokens by a rule.
 
     Args:
-        model: The model to look in.
+        model: The model.
         configs: Configs of the patched text models.
-        rule: Where visual tokens shall stand.
+        rule: The rule.
         axes: Names of the axes of positions.
 
     Raises:
-        UnsupportedModelError: If none computes positions of visual tokens.
+        UnsupportedModelError: If no part of it computes positions of visual tokens.
     """
     parts = list(_indexed(model, configs))
     if not parts:
@@ -94,16 +94,16 @@ def placement_changes(
 
 
 def places_tokens(model: nn.Module, configs: list[Config]) -> bool:
-    """Return whether any part of a model computes positions for one of some text models.
+    """Return whether a part of the model computes the positions of one of these text models.
 
     Raises:
-        UnsupportedModelError: If one does so by a rule that is not known.
+        UnsupportedModelError: If it does so by an unknown rule.
     """
     return any(_indexed(model, configs))
 
 
 def _indexed(model: nn.Module, configs: list[Config]) -> Iterator[tuple[nn.Module, str]]:
-    """Yield the models that place tokens for one of some text models, with their rule for text."""
+    """Yield the models that place tokens for these text models, with their rules for text."""
     for part in model.modules():
         if not hasattr(type(part), PlacedIndex.name):
             continue
@@ -112,8 +112,8 @@ def _indexed(model: nn.Module, configs: list[Config]) -> Iterator[tuple[nn.Modul
             next_text = family_of(whole).next_text
             if next_text is None:
                 raise UnsupportedModelError(
-                    f"visual_positions on model_type={whole.model_type!r}: it lays "
-                    f"images out by another rule than blocks with text behind. Nothing was changed."
+                    f"visual_positions on model_type={whole.model_type!r}: it does "
+                    f"not place images as blocks followed by text. Nothing was changed."
                 )
             yield part, next_text
 

@@ -1,4 +1,4 @@
-"""Proof that a patch took effect: the rotary embedding computes the plan, and attention uses it."""
+"""Proof that a patch took effect: the rotary embedding computes the plan, the attention uses it."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -21,15 +21,15 @@ from hf_rope_ext.rotary.vision_towers import pairs_by_axis, shape_position, towe
 
 
 class _ReachedError(Exception):
-    """Something is computed from the rotary embedding's output."""
+    """The rotary embedding's output has reached another tensor."""
 
 
 def probe_rotary(rotaries: Mapping[str, ExtendedRotary]) -> None:
-    """Check that each rotary embedding turns by the planned angles.
+    """Check that each rotary embedding rotates by the planned angles.
 
-    Whatever the family's layout, its output at a position holds the cosine (and sine) of every
-    pair's angle, times the scaling. Two positions within the trained length are looked at, and two
-    at the far end of the plan.
+    Whatever the family's layout, its output at a position contains the cosine (and sine) of every
+    pair's angle times the scaling. Two positions within the trained length are checked, and two
+    towards the end of the plan.
 
     Raises:
         ProbeError: If a planned cosine is missing from the output.
@@ -37,13 +37,13 @@ def probe_rotary(rotaries: Mapping[str, ExtendedRotary]) -> None:
     for path, rotary in rotaries.items():
         learned = isinstance(rotary.original, nn.Module) and rotary.original.state_dict()
         if learned:
-            continue  # the family bends the frequencies by weights of its own
+            continue  # the family modifies the frequencies by learned weights
         for label, rotation in rotary.rotations.items():
             _check_angles(path, rotary, label, rotation)
 
 
 def probe_towers(sites: Iterable[RopeSite], rotaries: Mapping[str, ExtendedRotary]) -> None:
-    """Check that each vision tower turns by the planned angles along each axis.
+    """Check that each vision tower rotates by the planned angles along each axis.
 
     Raises:
         ProbeError: If a planned cosine is missing from the output.
@@ -69,10 +69,10 @@ def probe_attention(
     rotaries: Mapping[str, ExtendedRotary],
     inputs: Callable[[nn.Module, torch.device], list[dict[str, Any]]] | None = None,
 ) -> None:
-    """Check that the attention sees the rotary embedding.
+    """Check that the attention uses the rotary embedding.
 
-    The frequencies are made NaN for a moment, and the model runs on two tokens, or what ``inputs``
-    makes for it, until what the rotary embedding returned meets another tensor: a query, at the
+    The frequencies are set to NaN temporarily and the model runs on two tokens, or on what
+    ``inputs`` returns, until the rotary embedding's output meets another tensor: a query, in the
     first attention that rotates.
 
     Raises:
@@ -88,7 +88,7 @@ def probe_attention(
         for runner, arguments in attempts:
             try:
                 with _poisoned(own), _quiet(device), _Watch(own):
-                    # a compiled model would hide what is watched
+                    # inside a compiled model nothing could be observed
                     (runner.forward if runner._compiled_call_impl else runner)(**arguments)
             except _ReachedError:
                 break
@@ -135,8 +135,8 @@ def _require_angles(
     # float32 rounds an angle by up to 2 ** -24 of itself
     if not (distance <= 1e-3 + 4e-7 * position).all():
         raise ProbeError(
-            f"{path}: {type(rotary.original).__name__} does not turn by the planned angles at "
-            f"position {position}; it does not compute its frequencies from inv_freq. Nothing "
+            f"{path}: {type(rotary.original).__name__} does not rotate by the planned angles "
+            f"at position {position}; it does not compute its frequencies from inv_freq. Nothing "
             f"was changed."
         )
 
@@ -163,7 +163,7 @@ def _poisoned(rotaries: Iterable[ExtendedRotary]) -> Iterator[None]:
 
 @contextmanager
 def _quiet(device: torch.device) -> Iterator[None]:
-    """Leave no trace: no gradients, the random state as it was, nobody else's request."""
+    """Run without side effects: no gradients, same random state, outside any request."""
     devices = [device] if device.type == "cuda" else []
     generation, RUNNING.generation = RUNNING.generation, None
     try:
@@ -174,7 +174,7 @@ def _quiet(device: torch.device) -> Iterator[None]:
 
 
 class _Watch(TorchFunctionMode):
-    """Raises when a NaN tensor meets a sound one outside of the rotary modules."""
+    """Raises when a NaN tensor meets a finite one outside the rotary modules."""
 
     def __init__(self, rotaries: Iterable[ExtendedRotary]) -> None:
         super().__init__()
@@ -218,7 +218,7 @@ class _Watch(TorchFunctionMode):
 
 
 def _is_poisoned(tensor: Tensor) -> bool:
-    # nothing as large as a weight is computed from two positions, and a quantized weight cannot say
+    # what is computed from two positions is smaller than a weight; quantized weights have no isnan
     if type(tensor) not in (Tensor, nn.Parameter) or tensor.is_meta or tensor.numel() > 1_000_000:
         return False
     return bool(tensor.isnan().any())

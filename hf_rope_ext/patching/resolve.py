@@ -1,4 +1,4 @@
-"""From the arguments of `patch_model` to everything it will change, all of it checked."""
+"""Check the arguments of `patch_model` against a model and resolve everything it will change."""
 
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -58,12 +58,12 @@ TEXT_ARGUMENTS = (
     "compat",
     "on_plan",
 )
-"""What only a text model can be asked for."""
+"""Arguments for text models only."""
 
 
 @dataclass(frozen=True)
 class PatchArguments:
-    """The arguments of `patch_model`, as they were given; see there."""
+    """The arguments of `patch_model`; see there."""
 
     method: str | Method | Mapping[str, str | Method]
     factor: float | Mapping[str, float] | None = None
@@ -85,7 +85,7 @@ class PatchArguments:
 
     @classmethod
     def from_keywords(cls, method: str | Method, **arguments: Any) -> "PatchArguments":
-        """Return a request from arguments among which the method's knobs are mixed."""
+        """Return the arguments from keywords that include the method's knobs."""
         own = {name for name in cls.__dataclass_fields__ if name not in ("method", "knobs")}
         return cls(
             method,
@@ -95,10 +95,10 @@ class PatchArguments:
 
 
 def resolve(arguments: PatchArguments, model: nn.Module) -> Resolved:
-    """Check a request against a model, changing nothing.
+    """Check the arguments against a model, changing nothing.
 
     Raises:
-        RopeError: If any part of it cannot be served.
+        RopeError: If any of them cannot be served.
     """
     if not isinstance(arguments.method, Method | Mapping):
         split_name(arguments.method)
@@ -133,7 +133,7 @@ def resolve(arguments: PatchArguments, model: nn.Module) -> Resolved:
     ]
     axes = axis_names(sites[0].rotary, sites[0].label)
     visual = _visual(arguments.visual_positions, axes)
-    # a text model by itself is given its positions, also those that belong to a layout
+    # a text model on its own is given its positions, including those that belong to a layout
     implied = LAYOUT_POSITIONS.get(layout.name) if layout is not None and visual is None else None
     if implied is not None and places_tokens(model, [site.config for site in sites]):
         visual = implied
@@ -167,21 +167,21 @@ def resolve(arguments: PatchArguments, model: nn.Module) -> Resolved:
 
 
 def _resolve_vision(arguments: PatchArguments, model: nn.Module) -> Resolved:
-    """Check a request for the vision towers of a model."""
+    """Resolve a patch of the vision towers."""
     for name in TEXT_ARGUMENTS:
         if getattr(arguments, name):
             raise MethodParameterError(f"{name} is for target='text', got it with 'vision'.")
     if arguments.temperature != "rotation":
         raise MethodParameterError(
-            "temperature='logits' is for target='text'; a vision tower has it in cos and sin."
+            "temperature='logits' is for target='text'; a vision tower applies it to cos and sin."
         )
     sites = read_towers(model, arguments.original_max_position_embeddings)
     names = tower_axes(sites[0])
     method = _method(arguments, with_axis_names(sites[0].geometry, names))
     if method.length_dependent:
         raise MethodParameterError(
-            f"{method.name} follows the length of a request, and a vision tower sees images of all "
-            f"sizes in one; choose a static method for the largest image."
+            f"{method.name} follows the length of a request, but a vision tower sees images of all "
+            f"sizes in one request; choose a static method for the largest image."
         )
     rotations = [
         AxialRotation(method, site.geometry, site.inv_freq, site.pair_order, names=names)
@@ -212,7 +212,7 @@ def _layout(given: str | MRopeLayout | None) -> MRopeLayout | None:
 
 
 def _turning(site: RopeSite, layout: MRopeLayout | None) -> AppliedLayout | None:
-    """Return a layout on a site, None where that is how the site was trained."""
+    """Return the layout on a site, None if the site was trained with it."""
     if layout is None:
         return None
     axes = site.geometry.axes
@@ -229,7 +229,7 @@ def _turning(site: RopeSite, layout: MRopeLayout | None) -> AppliedLayout | None
 
 
 def _turned(site: RopeSite, turning: AppliedLayout | None) -> RopeSite:
-    """Return a site whose pairs turn by the axes of a layout; one by heads changes no pair."""
+    """Return the site with the axes of a layout; a layout by heads leaves the pairs' axes alone."""
     if turning is None or turning.per_head:
         return site
     axes = tuple(turning.names[row] for row in turning.rows)
@@ -237,7 +237,7 @@ def _turned(site: RopeSite, turning: AppliedLayout | None) -> RopeSite:
 
 
 def _visual(given: VisualPositions | None, axes: tuple[str, ...]) -> VisualPositions | None:
-    """Return where visual tokens shall be placed, checked."""
+    """Check the rule for visual tokens."""
     if given is None:
         return None
     if not isinstance(given, VisualPositions):
@@ -247,14 +247,14 @@ def _visual(given: VisualPositions | None, axes: tuple[str, ...]) -> VisualPosit
         )
     if len(axes) < 2:
         raise MethodParameterError(
-            "visual_positions are for models with M-RoPE; the positions of this one have one axis."
+            "visual_positions is for models with M-RoPE; the positions of this one have one axis."
         )
     given.factors(axes)
     return given
 
 
 def _method(arguments: PatchArguments, geometry: RopeGeometry) -> Method:
-    """Return the method with its factor, of each axis where anything is given by axis."""
+    """Return the method with its factor, by axis where any argument is given by axis."""
     values = {
         **arguments.knobs,
         **({} if arguments.factor is None else {"factor": arguments.factor}),
@@ -277,7 +277,7 @@ def _method(arguments: PatchArguments, geometry: RopeGeometry) -> Method:
 
 
 def _named_method(name: str, arguments: PatchArguments, geometry: RopeGeometry) -> Method:
-    """Return the method with its factor, from whichever of the two lengths was given."""
+    """Return the method with its factor, computed from the target length if that was given."""
     trained = geometry.original_max_position_embeddings
     target, factor = arguments.target_length, arguments.factor
     values = dict(arguments.knobs)
@@ -297,13 +297,13 @@ def _limit(method: Method, arguments: PatchArguments, geometry: RopeGeometry) ->
     target = arguments.target_length or method.target_length(geometry)
     if target is None:
         raise MethodParameterError(
-            "limit_only raises the length alone: give target_length, or a method with a factor."
+            "limit_only raises the length limit alone: pass target_length, or a method's factor."
         )
     return target
 
 
 def _stretches(name: str) -> bool:
-    """Return whether a method's factor is target over trained length."""
+    """Return whether the method's factor is target length over trained length."""
     classes = split_name(name)
     return Dynamic not in classes and any("factor" in knobs(cls) for cls in classes)
 
@@ -318,7 +318,7 @@ def _require_agreement(method: Method, geometry: RopeGeometry, target: int | Non
 
 
 def _policy(arguments: PatchArguments, method: Method) -> RequestPolicy:
-    """Return how requests are followed, which a static method cannot be asked for."""
+    """Return the request policy, which only length-dependent methods take."""
     flat = {
         name: getattr(arguments, name)
         for name in ("on_growth", "buckets", "compat", "on_plan")
@@ -349,7 +349,7 @@ def _rotation(
     policy: RequestPolicy,
     layout: AppliedLayout | None,
 ) -> Rotation:
-    """Return how a site is computed; its plan is made once, so that bad lists are found."""
+    """Return how a site is computed; the plan is computed once here, to find errors early."""
     rotation = Rotation(
         method=method,
         geometry=site.geometry,
@@ -375,7 +375,7 @@ def _require_finite(site: RopeSite, method: Method, frequencies: Tensor, scaling
 
 
 def _require_per_request(site: RopeSite, method: Method, temperature: str) -> None:
-    """Refuse what a plan that follows the request cannot have on this model."""
+    """Refuse options that a plan per request cannot have on this model."""
     reason = site.family.length_dependent
     if reason is not None:
         raise UnsupportedModelError(
@@ -384,7 +384,7 @@ def _require_per_request(site: RopeSite, method: Method, temperature: str) -> No
         )
     if temperature == "logits":
         raise MethodParameterError(
-            f"{method.name} with temperature='logits': the softmax scale of a module cannot follow "
+            f"{method.name} with temperature='logits': a module's softmax scale cannot follow "
             f"each request; use temperature='rotation'."
         )
     if site.family.softmax_mscale and getattr(method, "mscale_all_dim", None) is not None:
@@ -395,7 +395,7 @@ def _require_per_request(site: RopeSite, method: Method, temperature: str) -> No
 
 
 def _require_ready(site: RopeSite, arguments: PatchArguments) -> None:
-    """Refuse a site that is scaled already, or of unknown trained length."""
+    """Refuse a site that is already scaled, or whose trained length is unknown."""
     rope_type = site.found["rope_type"]
     if rope_type != "default" and not arguments.replace:
         unused = " (set after loading, so it has no effect)" if site.found.get("edited") else ""
@@ -406,7 +406,7 @@ def _require_ready(site: RopeSite, arguments: PatchArguments) -> None:
         )
     if site.geometry.original_max_position_embeddings < 2:
         raise MethodParameterError(
-            f"{site.path}: the config does not say what length was trained "
+            f"{site.path}: the config does not give the trained length "
             f"({dict(site.found)!r}); pass original_max_position_embeddings."
         )
 
