@@ -45,7 +45,7 @@ def test_a_norm_after_rotation_cancels_it_and_the_user_is_told(model_type):
     model = zoo.build(model_type)
     inputs = zoo.inputs(model)
 
-    with pytest.warns(RopeWarning, match=r"only reach 1\.000"):
+    with pytest.warns(RopeWarning, match=r"multiplies them by 1\.000"):
         patch_model(model, "yarn", factor=4)
     with_temperature = zoo.run(model, **inputs)
     patch_model(model, "ntk_by_parts", factor=4, replace=True)

@@ -57,7 +57,7 @@ class DeafRotaryEmbedding(modeling_llama.LlamaRotaryEmbedding):
 def test_a_rotary_module_that_ignores_its_buffer_is_found_out(llama):
     llama.model.rotary_emb = DeafRotaryEmbedding(llama.config)
 
-    with pytest.raises(ProbeError, match="DeafRotaryEmbedding does not turn by the planned angles"):
+    with pytest.raises(ProbeError, match="DeafRotaryEmbedding does not rotate by the planned angles"):
         patch_model(llama, "ntk", factor=4)
 
     assert isinstance(llama.model.rotary_emb, DeafRotaryEmbedding)
