@@ -1,4 +1,4 @@
-"""Position interpolation: squeeze all positions into the trained range."""
+"""Position interpolation: compress all positions into the trained range."""
 
 from dataclasses import dataclass
 from typing import Any

@@ -1,4 +1,4 @@
-"""NTK-RoPE-fixed: as NTK-aware, with a slowdown that starts at the first pair."""
+"""NTK-RoPE-fixed: NTK-aware scaling that also slows the first pair."""
 
 from dataclasses import dataclass
 
@@ -21,6 +21,6 @@ class NTKFixed(Stretched):
     name = "ntk_fixed"
 
     def stretch(self, geometry: RopeGeometry, scale: Scale) -> FrequencyPlan:
-        """Return the slowed frequencies."""
+        """Return the scaled frequencies."""
         exponents = geometry.exponents() + 2 / geometry.rotary_dim
         return FrequencyPlan(geometry.inv_freq() * scale**-exponents)

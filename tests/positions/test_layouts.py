@@ -21,7 +21,7 @@ from hf_rope_ext import (
     patch_model,
     unpatch_model,
 )
-from hf_rope_ext.positions.layouts import LAYOUTS
+from hf_rope_ext.positions.layouts import LAYOUTS, LayoutRule
 
 pytestmark = pytest.mark.filterwarnings("ignore::hf_rope_ext.errors.RopeWarning")
 
@@ -77,6 +77,18 @@ def test_cosines_are_those_of_a_loop_over_pairs(model_type, name):
                 frequency = 0.0
             angle = torch.tensor(position * frequency, dtype=torch.float64)
             assert abs(float(cos[0, token, step * pair]) - float(angle.cos())) < 1e-4
+
+
+def test_a_new_layout_is_one_entry(monkeypatch):
+    rule = LayoutRule(lambda t, h, w: (2,) * w + (1,) * h + (0,) * t, resting=1)
+    monkeypatch.setitem(LAYOUTS, "backwards", rule)
+    model = zoo.build("qwen3_vl")  # 4, 2 and 2 pairs
+
+    patch_model(model, "none", mrope_layout="backwards")
+
+    frequencies, _ = model.model.language_model.rotary_emb.plan(None, torch.tensor([[9]]))
+    assert (frequencies.flatten() == 0).tolist() == [False] * 2 + [True] * 2 + [False] * 4
+    assert describe(model).visual_positions is None
 
 
 def test_the_time_of_hope_rests_at_every_length():
