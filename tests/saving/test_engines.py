@@ -107,7 +107,7 @@ def test_what_an_engine_would_compute_without_the_sections_is_refused():
     model = zoo.build("qwen3_vl")
     patch_model(model, "linear", factor=2)
 
-    with pytest.raises(ExportError, match="applies mrope_section with"):
+    with pytest.raises(ExportError, match="applies mrope_section only with"):
         export(model, "vllm")
 
 
