@@ -8,13 +8,13 @@ from torch import Tensor
 
 from hf_rope_ext.geometry import FrequencyPlan, RopeGeometry
 from hf_rope_ext.methods.linear import Linear
-from hf_rope_ext.methods.method import Method, Stretched
+from hf_rope_ext.methods.method import Method, Scaling
 from hf_rope_ext.methods.ntk import NTK
 from hf_rope_ext.methods.yarn import Yarn
 
 
 @dataclass(frozen=True)
-class ClampedScale(Stretched):
+class ClampedScale(Scaling):
     """A static method applied at ``scale = clamp(length / trained, 1, factor)``.
 
     This is the dynamic scaling of the paper (YaRN, arXiv:2309.00071, sec. 3.3): each request is
@@ -22,7 +22,7 @@ class ClampedScale(Stretched):
     the static method as their second base and in ``static``.
     """
 
-    static: ClassVar[type[Stretched]]
+    static: ClassVar[type[Scaling]]
 
     @property
     def length_dependent(self) -> bool:

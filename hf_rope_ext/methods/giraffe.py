@@ -7,11 +7,11 @@ import torch
 
 from hf_rope_ext.errors import MethodParameterError
 from hf_rope_ext.geometry import FrequencyPlan, RopeGeometry, Scale
-from hf_rope_ext.methods.method import Stretched, store_number
+from hf_rope_ext.methods.method import Scaling, store_number
 
 
 @dataclass(frozen=True)
-class Giraffe(Stretched):
+class Giraffe(Scaling):
     """Power and truncated bases (Pal et al., 2023, arXiv:2308.10882), in the order of its code.
 
     Args:

@@ -5,12 +5,12 @@ from typing import Any
 
 from hf_rope_ext.errors import MethodParameterError
 from hf_rope_ext.geometry import FrequencyPlan, RopeGeometry, Scale
-from hf_rope_ext.methods.method import Stretched, store_number
+from hf_rope_ext.methods.method import Scaling, store_number
 from hf_rope_ext.methods.ntk_by_parts import NTKByParts, llama3_parameters
 
 
 @dataclass(frozen=True)
-class Llama3(Stretched):
+class Llama3(Scaling):
     """The scaling of Llama 3.1 (arXiv:2407.21783): NTK-by-parts with the rotation ramp.
 
     Args:

@@ -69,7 +69,7 @@ class Method(abc.ABC):
 
 
 @dataclass(frozen=True)
-class Stretched(Method):
+class Scaling(Method):
     """A static method with one scale for all requests.
 
     Args:

@@ -6,11 +6,11 @@ from typing import Any
 from torch import Tensor
 
 from hf_rope_ext.geometry import FrequencyPlan, RopeGeometry, Scale
-from hf_rope_ext.methods.method import Stretched
+from hf_rope_ext.methods.method import Scaling
 
 
 @dataclass(frozen=True)
-class NTK(Stretched):
+class NTK(Scaling):
     """Static NTK-aware RoPE (bloc97, 2023; YaRN paper, arXiv:2309.00071, sec. 3.1).
 
     The base is chosen such that the first pair is unchanged and the last is slowed by exactly

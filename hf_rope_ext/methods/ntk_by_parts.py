@@ -10,11 +10,11 @@ from torch import Tensor
 from hf_rope_ext.checks import require_bool, require_choice
 from hf_rope_ext.errors import MethodParameterError
 from hf_rope_ext.geometry import FrequencyPlan, RopeGeometry, Scale
-from hf_rope_ext.methods.method import Stretched, store_number
+from hf_rope_ext.methods.method import Scaling, store_number
 
 
 @dataclass(frozen=True)
-class NTKByParts(Stretched):
+class NTKByParts(Scaling):
     """NTK-by-parts interpolation (YaRN paper, arXiv:2309.00071, sec. 3.2): YaRN, no temperature.
 
     Args:

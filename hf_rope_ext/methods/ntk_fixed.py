@@ -3,11 +3,11 @@
 from dataclasses import dataclass
 
 from hf_rope_ext.geometry import FrequencyPlan, RopeGeometry, Scale
-from hf_rope_ext.methods.method import Stretched
+from hf_rope_ext.methods.method import Scaling
 
 
 @dataclass(frozen=True)
-class NTKFixed(Stretched):
+class NTKFixed(Scaling):
     """NTK-RoPE-fixed (Su, 2023, kexue.fm/archives/9706).
 
     ::

@@ -3,11 +3,11 @@
 from dataclasses import dataclass
 
 from hf_rope_ext.geometry import FrequencyPlan, RopeGeometry, Scale
-from hf_rope_ext.methods.method import Stretched, store_number
+from hf_rope_ext.methods.method import Scaling, store_number
 
 
 @dataclass(frozen=True)
-class NTKMixed(Stretched):
+class NTKMixed(Scaling):
     """NTK-RoPE-mixed (Su, 2023, kexue.fm/archives/9706).
 
     ::

@@ -4,11 +4,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from hf_rope_ext.geometry import FrequencyPlan, RopeGeometry, Scale
-from hf_rope_ext.methods.method import Stretched, store_number
+from hf_rope_ext.methods.method import Scaling, store_number
 
 
 @dataclass(frozen=True)
-class Proportional(Stretched):
+class Proportional(Scaling):
     """p-RoPE (Barbero et al., 2024, arXiv:2410.06205), as transformers' ``proportional``.
 
     Args:

@@ -125,7 +125,7 @@ def rope_parameters_for(
             return stock_attributes(sites, method, temperature, beside)
     unscaled = {site.label: unscaled_parameters(site) for site in sites}
     unread = f"{RECORD}.{method_record(method)['name']}"
-    loud = {label: {**own, "rope_type": unread} for label, own in unscaled.items()}
+    loud = {label: {**parameters, "rope_type": unread} for label, parameters in unscaled.items()}
     attributes = {"rope_parameters": _nested(sites, loud)}
     if _reads(sites[0].config, {**beside, **attributes}):
         return attributes
@@ -309,7 +309,7 @@ def _needed_beside(
     site: RopeSite, parameters: Mapping[str | None, Mapping[str, Any]]
 ) -> dict[str, Any]:
     """Return the config attributes that stock code reads alongside ``rope_parameters``."""
-    types = {own["rope_type"] for own in parameters.values()}
+    types = {form["rope_type"] for form in parameters.values()}
     attributes: dict[str, Any] = {}
     if types & {"yarn", "dynamic", "longrope"} and setting(site.config, "head_dim", 0) is None:
         # these three types do not derive it from the hidden size

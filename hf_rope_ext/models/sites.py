@@ -21,11 +21,9 @@ from hf_rope_ext.models.find import Rotary, find_rotaries
 EXACT = 1e-5
 """Largest relative error of a float32 buffer that still counts as computed from the config."""
 
+# types whose config records the trained length next to the extended one, or only the latter
 WITH_TRAINED_LENGTH = ("yarn", "llama3", "longrope")
-"""Types that record the trained length, next to the extended one."""
-
 WITHOUT_TRAINED_LENGTH = ("linear", "ntk_alpha", "proportional (scaled)")
-"""Types that record the extended length only."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -114,8 +112,8 @@ def axial_site(rotary: Rotary, original_max_position_embeddings: int) -> RopeSit
         base=float(rotary.own_config.rope_parameters["rope_theta"]),
         original_max_position_embeddings=original_max_position_embeddings,
     )
-    found = {**rotary.parameters(None), "rope_type": "default"}
-    return _verify(RopeSite(rotary, None, geometry, live, found), live, stock)
+    scaling = {**rotary.parameters(None), "rope_type": "default"}
+    return _verify(RopeSite(rotary, None, geometry, live, scaling), live, stock)
 
 
 def window(config: Config) -> int | None:
@@ -151,7 +149,7 @@ def _is_windowed(label: str | None) -> bool:
 
 def _read_site(rotary: Rotary, label: str | None, trained_length: int | None) -> RopeSite:
     """Read the geometry of a label and compare it with the frequencies of the model."""
-    found = _found_scaling(rotary, label)
+    scaling = _found_scaling(rotary, label)
     config = _label_config(rotary.own_config, label)
     live = rotary.live(label)
     parameters = rotary.parameters(label)
@@ -161,19 +159,19 @@ def _read_site(rotary: Rotary, label: str | None, trained_length: int | None) ->
         stock = None
     base = parameters.get("rope_theta") or rotary.family.base or setting(config, "rope_theta")
     if base is None:
-        base = _recover_base(live, found, rotary.path)
+        base = _recover_base(live, scaling, rotary.path)
         stock = None
     geometry = RopeGeometry(
         rotary_dim=2 * live.shape[-1],
         base=float(base),
-        original_max_position_embeddings=_trained_length(rotary, found, trained_length),
+        original_max_position_embeddings=_trained_length(rotary, scaling, trained_length),
         head_dim=_head_dim(config),
     )
-    if found["rope_type"] == "proportional":
+    if scaling["rope_type"] == "proportional":
         share = parameters.get("partial_rotary_factor", 1.0)
         geometry = replace(geometry, rotated_pairs=int(share * geometry.rotary_dim // 2))
-        found = {**found, "rope_type": "default"}
-    site = RopeSite(rotary, label, geometry, live, found)
+        scaling = {**scaling, "rope_type": "default"}
+    site = RopeSite(rotary, label, geometry, live, scaling)
     return _verify(site, live, stock)
 
 
@@ -257,20 +255,20 @@ def _found_scaling(rotary: Rotary, label: str | None) -> dict[str, Any]:
     return {**parameters, "rope_type": live_type}
 
 
-def _trained_length(rotary: Rotary, found: Mapping[str, Any], override: int | None) -> int:
+def _trained_length(rotary: Rotary, scaling: Mapping[str, Any], override: int | None) -> int:
     """Return the trained length; 0 where the config does not tell."""
     if override is not None:
         return override
-    config, rope_type = rotary.config, found["rope_type"]
+    config, rope_type = rotary.config, scaling["rope_type"]
     if rope_type in WITHOUT_TRAINED_LENGTH:
         return 0
-    if rope_type in WITH_TRAINED_LENGTH and not found.get("edited"):
-        length = found.get("original_max_position_embeddings")
+    if rope_type in WITH_TRAINED_LENGTH and not scaling.get("edited"):
+        length = scaling.get("original_max_position_embeddings")
         return int(length or setting(config, "original_max_position_embeddings") or 0)
     return int(setting(config, "max_position_embeddings") or 0)
 
 
-def _recover_base(live: Tensor, found: Mapping[str, Any], path: str) -> float:
+def _recover_base(live: Tensor, scaling: Mapping[str, Any], path: str) -> float:
     """Recover the base from an unscaled buffer, where the config lacks it."""
     pairs = live.shape[-1]
     if pairs > 1 and not live.is_meta and torch.isfinite(live).all() and (live > 0).all():
@@ -284,7 +282,7 @@ def _recover_base(live: Tensor, found: Mapping[str, Any], path: str) -> float:
     raise UnsupportedModelError(
         f"{path}: the config has no rope_theta and the live frequencies follow from no single "
         f"base, so it cannot be recovered; set rope_theta in config.rope_parameters "
-        f"(found {dict(found)!r}). Nothing was changed."
+        f"(found {dict(scaling)!r}). Nothing was changed."
     )
 
 

@@ -90,8 +90,8 @@ def _label(module: nn.Module, config: Any) -> Any:
     """Return the layer type of an attention module."""
     index = getattr(module, "layer_idx", None)
     labels = getattr(config, "layer_types", None)
-    own = getattr(module, "rope_layer_type", None) or getattr(module, "layer_type", None)
-    return own or (labels[index] if labels and isinstance(index, int) else None)
+    label = getattr(module, "rope_layer_type", None) or getattr(module, "layer_type", None)
+    return label or (labels[index] if labels and isinstance(index, int) else None)
 
 
 def _softmax_scale(

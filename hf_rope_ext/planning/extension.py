@@ -210,9 +210,7 @@ def plan_extension(
     """
     trained = site.geometry.original_max_position_embeddings
     if target <= trained:
-        raise RopeError(
-            f"the target {target} is within the trained length {trained}; choose a larger one."
-        )
+        raise RopeError(f"the target {target} is within the trained length {trained}.")
     factor = target / trained
     exports = {}
     for engine in TARGETS:

@@ -179,16 +179,14 @@ class _Resizer:
 
         The processors for videos require torchvision; the same functions for images do not.
         """
-        from transformers.models.glm4v.image_processing_pil_glm4v import smart_resize as by_clip
-        from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import (
-            smart_resize as by_frame,
-        )
+        from transformers.models.glm4v import image_processing_pil_glm4v as glm4v
+        from transformers.models.qwen2_vl import image_processing_pil_qwen2_vl as qwen2_vl
 
         try:
             if self.whole_videos and frames > 1:
-                sides = by_clip(frames, height, width, step, factor=self.side, **bounds)
+                sides = glm4v.smart_resize(frames, height, width, step, factor=self.side, **bounds)
             else:
-                sides = by_frame(height, width, factor=self.side, **bounds)
+                sides = qwen2_vl.smart_resize(height, width, factor=self.side, **bounds)
         except ValueError as error:
             raise RopeError(f"{width}x{height}: {error}") from error
         return sides[0] // self.vision.patch_size, sides[1] // self.vision.patch_size

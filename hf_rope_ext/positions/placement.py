@@ -118,9 +118,8 @@ def place_visual_tokens(
             f"position_ids of the axes {', '.join(axes)} have shape (axes, batch, seq) and visual "
             f"(batch, seq); got {tuple(position_ids.shape)} and {tuple(visual.shape)}."
         )
-    factors, placement = rule.factors(axes), PLACEMENTS[rule.placement]
-    family_text = NEXT_TEXT[next_text]
-    text = NEXT_TEXT[rule.next_text or placement.next_text or next_text]
+    factors, family_text = rule.factors(axes), NEXT_TEXT[next_text]
+    text = NEXT_TEXT[rule.next_text or PLACEMENTS[rule.placement].next_text or next_text]
     # on the CPU, which has float64 and where the blocks can be looked at without synchronizing
     result = position_ids.to("cpu", torch.float64)
     mask = torch.ones_like(visual) if attention_mask is None else attention_mask
@@ -128,22 +127,15 @@ def place_visual_tokens(
         positions = result[:, row, kept].clone()
         shift = 0.0
         for start, end, kind in _runs(row_kinds[kept].tolist()):
-            first = positions[:, start].clone()
-            offsets = positions[:, start:end] - first[:, None]
-            positions[:, start:end] += shift
             if not kind:
+                positions[:, start:end] += shift
                 continue
-            tokens, steps = end - start, [_step(along) for along in offsets]
-            extents = _extents(offsets, steps, axes, (1.0,) * len(axes))
-            before = family_text.distance(extents, tokens)
+            first, block = positions[:, start].clone(), _Block(positions[:, start:end], axes)
+            before = family_text.distance(block.extents((1.0,) * len(axes)), end - start)
             if end < positions.shape[1]:
                 _require_rule(positions[:, end], family_text.start(first, end, before), next_text)
-            scaled = _scale(offsets, steps, factors, rule, axes)
-            positions[:, start:end] = _place(
-                placement, scaled, offsets, first + shift, factors, axes
-            )
-            extents = _extents(offsets, steps, axes, factors, rule.stride)
-            shift += text.distance(extents, tokens) - before
+            positions[:, start:end] = block.place(first + shift, rule, factors)
+            shift += text.distance(block.extents(factors, rule.stride), end - start) - before
         result[:, row, kept] = positions
     whole = bool((result == result.round()).all())
     return result.to(position_ids.device, position_ids.dtype if whole else torch.float32)
@@ -158,70 +150,54 @@ def _runs(kinds: Sequence[int]) -> Iterator[tuple[int, int, int]]:
         start = end
 
 
-def _step(along: Tensor) -> float:
-    """Return the distance between neighbouring positions on an axis; 0 for a single position."""
-    values = sorted(set(along.tolist()))
-    return values[1] - values[0] if len(values) > 1 else 0.0
+class _Block:
+    """A run of visual tokens of one image or video, relative to its first position."""
 
+    def __init__(self, positions: Tensor, axes: Sequence[str]) -> None:
+        self.axes = axes
+        self.offsets = positions - positions[:, :1]
+        levels = [sorted(set(along.tolist())) for along in self.offsets]
+        # the distance of neighbouring positions on each axis; 0 for a single position
+        self.steps = [level[1] - level[0] if len(level) > 1 else 0.0 for level in levels]
 
-def _extents(
-    offsets: Tensor,
-    steps: Sequence[float],
-    axes: Sequence[str],
-    factors: Sequence[float],
-    stride: float = 1.0,
-) -> dict[str, float]:
-    """Return the extent of a block on each axis: one position beyond the last of its steps."""
-    extents = {}
-    for along, step, axis, factor in zip(offsets, steps, axes, factors, strict=True):
-        extent = (float(along.max()) + step) / factor - step + 1 if step else 1.0
-        extents[axis] = stride * (extent - 1) + 1 if axis == "t" else extent
-    return extents
+    def extents(self, factors: Sequence[float], stride: float = 1.0) -> dict[str, float]:
+        """Return the extent on each axis: one position beyond the last of its steps."""
+        extents = {}
+        for along, step, axis, factor in zip(
+            self.offsets, self.steps, self.axes, factors, strict=True
+        ):
+            extent = (float(along.max()) + step) / factor - step + 1 if step else 1.0
+            extents[axis] = stride * (extent - 1) + 1 if axis == "t" else extent
+        return extents
+
+    def place(self, first: Tensor, rule: VisualPositions, factors: Sequence[float]) -> Tensor:
+        """Return the positions, ``(axes, tokens)``, of a block placed at ``first``."""
+        rows = []
+        for along, step, factor, axis in zip(
+            self.offsets, self.steps, factors, self.axes, strict=True
+        ):
+            half = step / 2 if rule.centred else 0.0
+            scaled = (along + half) / factor - half
+            rows.append(scaled * rule.stride if axis == "t" else scaled)
+        placed = torch.stack(rows) + first[:, None]
+        spatial = PLACEMENTS[rule.placement].spatial
+        if spatial is not None:
+            time = placed[self.axes.index("t")] if "t" in self.axes else None
+            for row in (self.axes.index("h"), self.axes.index("w")):
+                middle = math.floor(float(self.offsets[row].max()) / 2)
+                centred = (self.offsets[row] - middle) / factors[row]
+                placed[row] = spatial(rows[row], centred, time)
+        return placed
 
 
 def _require_rule(start: Tensor, expected: Tensor, next_text: str) -> None:
     """Check that the family resumed the text after a block where its rule says."""
     if not torch.equal(start, expected):
         raise RopeError(
-            f"the text behind a visual block begins at {start.tolist()}, where "
-            f"next_text={next_text!r} means {expected.tolist()}: these positions follow another "
-            f"rule, or their visual tokens are not the ones marked. Nothing was placed."
+            f"text resumes at {start.tolist()} after a visual block, but next_text={next_text!r} "
+            f"implies {expected.tolist()}: these positions follow another rule, or the wrong "
+            f"tokens are marked as visual. Nothing was changed."
         )
-
-
-def _scale(
-    offsets: Tensor,
-    steps: Sequence[float],
-    factors: Sequence[float],
-    rule: VisualPositions,
-    axes: Sequence[str],
-) -> Tensor:
-    """Divide the offsets within a block by the factors, ``(axes, tokens)``."""
-    rows = []
-    for along, step, factor, axis in zip(offsets, steps, factors, axes, strict=True):
-        half = step / 2 if rule.centred else 0.0
-        scaled = (along + half) / factor - half
-        rows.append(scaled * rule.stride if axis == "t" else scaled)
-    return torch.stack(rows)
-
-
-def _place(
-    placement: "Placement",
-    scaled: Tensor,
-    offsets: Tensor,
-    first: Tensor,
-    factors: Sequence[float],
-    axes: Sequence[str],
-) -> Tensor:
-    """Return the positions of a block, ``(axes, tokens)``."""
-    placed = scaled + first[:, None]
-    if placement.spatial is None:
-        return placed
-    time = placed[axes.index("t")] if "t" in axes else None
-    for row in (axes.index("h"), axes.index("w")):
-        middle = math.floor(float(offsets[row].max()) / 2)
-        placed[row] = placement.spatial(scaled[row], (offsets[row] - middle) / factors[row], time)
-    return placed
 
 
 @dataclass(frozen=True)
@@ -229,8 +205,8 @@ class Placement:
     """The definition of a placement.
 
     Args:
-        spatial: The positions on height or width, from those relative to the start of the block,
-            those relative to its middle, and the positions in time; None to count from the start.
+        spatial: From positions relative to the start of a block, those relative to its middle, and
+            those in time, to the positions on height or width; None to count from the start.
         axes: The axes it needs.
         next_text: Where text resumes by default; None for the family's own rule.
     """

@@ -40,10 +40,10 @@ def save_record(
         directory: Directory of the adapter.
         weights: The `weights_record` of the base model, if it can no longer be computed.
     """
-    found = _record(model)
-    if found is None or not (Path(directory) / "adapter_config.json").is_file():
+    record = _record(model)
+    if record is None or not (Path(directory) / "adapter_config.json").is_file():
         return
-    record = {**found, BASE_WEIGHTS: weights or weights_record(model)}
+    record[BASE_WEIGHTS] = weights or weights_record(model)
     path = Path(directory) / ADAPTER_RECORD
     unfinished = path.with_suffix(".part")
     unfinished.write_text(json.dumps(record, indent=2) + "\n")
@@ -129,18 +129,18 @@ def _read_record(path: Path) -> dict[str, Any]:
 
 
 def _require_same_patch(model: nn.Module, record: dict[str, Any], source: str | Path) -> None:
-    found = _record(model) or {}
+    current = _record(model) or {}
     differing = [
         name
-        for name in {**found, **record}
+        for name in {**current, **record}
         # target_length is only a label: the frequencies follow from the method
-        if name != "target_length" and found.get(name) != record.get(name)
+        if name != "target_length" and current.get(name) != record.get(name)
     ]
     if differing:
         raise RopeError(
             f"the adapter in {str(source)!r} does not match this base model: "
             + "; ".join(
-                f"{name} was {record.get(name)!r} in training and is {found.get(name)!r} here"
+                f"{name} was {record.get(name)!r} in training and is {current.get(name)!r} here"
                 for name in differing
             )
             + ". Load it with load_pretrained, or onto its unpatched base model."
@@ -151,8 +151,9 @@ def _require_same_weights(
     model: nn.Module, trained_on: dict[str, str] | None, source: str | Path
 ) -> None:
     """Compare weights of equal dtype; casting or quantization changes every number."""
-    found = weights_record(model)
-    if trained_on and found and found["dtype"] == trained_on["dtype"] and found != trained_on:
+    weights = weights_record(model)
+    same_dtype = trained_on and weights and weights["dtype"] == trained_on["dtype"]
+    if same_dtype and weights != trained_on:
         raise RopeError(
             f"the adapter in {str(source)!r} was trained on a base model with other weights; load "
             f"it onto that one."

@@ -13,6 +13,7 @@ from typing import Any
 
 from torch import nn
 
+from hf_rope_ext.checks import require_choice
 from hf_rope_ext.errors import ExportError
 from hf_rope_ext.geometry import RopeGeometry
 from hf_rope_ext.methods import NTK, Base, Linear, Method, NoScaling, NTKByParts, Yarn
@@ -69,8 +70,7 @@ def export(
     Raises:
         ExportError: If the engine is unknown or cannot express the method.
     """
-    if to not in TARGETS:
-        raise ExportError(f"unknown target {to!r}; known: {', '.join(TARGETS)}.")
+    require_choice("to", to, TARGETS, ExportError)
     model = model_or_config if isinstance(model_or_config, nn.Module) else None
     patch = None if model is None else patch_of(model)
     vision = None if model is None else patch_of(model, "vision")
