@@ -1,6 +1,6 @@
 """Extend the context of RoPE models: exact, reversible, and saved so that stock tools load it."""
 
-from hf_rope_ext.axial import AxialRope
+from hf_rope_ext.axial import AxialRope as AxialRope
 from hf_rope_ext.cache.generation import planned
 from hf_rope_ext.errors import (
     AlreadyScaledError,
@@ -19,7 +19,8 @@ from hf_rope_ext.patching.patch import patch_model, patched, unpatch_model
 from hf_rope_ext.planning.request_length import RequestLength, request_length
 from hf_rope_ext.planning.visual_length import Video, visual_length
 from hf_rope_ext.positions.layouts import MRopeLayout
-from hf_rope_ext.positions.placement import VisualPositions, place_visual_tokens
+from hf_rope_ext.positions.placement import VisualPositions
+from hf_rope_ext.positions.placement import place_visual_tokens as place_visual_tokens
 from hf_rope_ext.rotary.request_plan import RequestPlan, RequestPolicy, request_plan
 from hf_rope_ext.saving.engines import Export, export
 from hf_rope_ext.saving.loading import load_pretrained, save_pretrained
@@ -28,7 +29,6 @@ __version__ = "0.1.0"
 
 __all__ = [
     "AlreadyScaledError",
-    "AxialRope",
     "Export",
     "ExportError",
     "MRopeLayout",
@@ -50,7 +50,6 @@ __all__ = [
     "load_pretrained",
     "patch_model",
     "patched",
-    "place_visual_tokens",
     "planned",
     "request_length",
     "request_plan",

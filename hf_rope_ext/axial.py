@@ -1,11 +1,11 @@
-"""RoPE in two and three dimensions: a position is a point, and each pair turns by one coordinate.
+"""RoPE in two and three dimensions: one coordinate of the position rotates each pair.
 
-Free of any model: for vision and video towers of one's own, and as the plain form of what the
-families do. A position ``(p_0, ..., p_{axes-1})`` turns pair ``i`` by ``p_axis(i) * inv_freq[i]``,
-so the rotation is block-diagonal and attention scores depend on differences of positions alone.
+Independent of any model: for vision and video towers of your own, and as a reference for those
+of model families. A position ``(p_0, ..., p_{axes-1})`` rotates pair ``i`` by ``p_axis(i) *
+inv_freq[i]``; the rotation is block-diagonal, so attention scores depend only on differences of
+positions.
 """
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hf_rope_ext.checks import require_choice, require_integer, require_number
 from hf_rope_ext.errors import RopeError
 from hf_rope_ext.geometry import RopeGeometry
 from hf_rope_ext.methods import Method, NoScaling, PerAxis
@@ -24,31 +25,31 @@ SERIES = ("axis", "head", "dealt")
 
 @dataclass(frozen=True)
 class AxialRope:
-    """A rotary embedding over two or three axes, with any method of `hf_rope_ext.methods` on each.
+    """A rotary embedding over two or three axes, extended by any method of `hf_rope_ext.methods`.
 
     Args:
-        head_dim: Coordinates of a query or key head, even.
-        axes: 2 (rows, columns) or 3 (time, rows, columns); the order is the caller's.
+        head_dim: Dimensions of a query or key head, even.
+        axes: 2 (rows, columns) or 3 (time, rows, columns); their order is up to the caller.
         base: The base of the frequencies.
-        original_max_position_embeddings: Trained length in positions of every axis, or of each:
-            the side of the grid in patches, the number of frames. Only `NoScaling` does without.
-        layout: Which pairs an axis gets. ``"parts"``: a run of pairs each (Qwen2-VL's vision
-            tower, the chunked M-RoPE). ``"alternating"``: a pair each in turn (Kimi K2.5, the
-            interleaved M-RoPE); an axis that has all its pairs is passed over. ``"blocks"``: a run
-            of the head's coordinates each, rotated as a head of its own (Gemma 4).
-        pairing: ``"rotate_half"``: pair i is coordinates (i, i + rotary_dim / 2), of the block in
-            layout ``"blocks"``. ``"interleaved"``: coordinates (2i, 2i + 1).
-        series: The frequencies. ``"axis"``: each axis has a whole geometric series over its own
-            pairs (the vision towers). ``"head"``: pair i has the head's i-th frequency, whatever
-            its axis (M-RoPE). ``"dealt"``: the head's frequencies go to the axes in turn, also
-            where its pairs do not alternate (Pixtral).
-        sections: Pairs of each axis. When not given, all get the same number; a head that does not
-            divide so is refused. What is left of the head, at its end, passes unrotated.
-        method: What extends every axis, or one for each. A temperature concerns the logit, to which
-            all axes add up: cos and sin of all pairs are multiplied by the largest.
+        original_max_position_embeddings: Trained length in positions, for all axes or for each:
+            patches along a side, number of frames. Only `NoScaling` can do without it.
+        layout: Which pairs belong to an axis. ``"parts"``: consecutive pairs (Qwen2-VL's vision
+            tower, chunked M-RoPE). ``"alternating"``: every second or third pair (Kimi K2.5,
+            interleaved M-RoPE), skipping axes that have all their pairs. ``"blocks"``: consecutive
+            dimensions of the head, rotated like a head of their own (Gemma 4).
+        pairing: ``"rotate_half"`` pairs dimensions (i, i + rotary_dim / 2), for ``"blocks"`` within
+            the block; ``"interleaved"`` pairs (2i, 2i + 1).
+        series: Frequencies of the pairs. ``"axis"``: each axis has a complete geometric series over
+            its own pairs (vision towers). ``"head"``: pair i has the i-th frequency of the head,
+            whatever its axis (M-RoPE). ``"dealt"``: the frequencies of the head are assigned to the
+            axes in turn, even if their pairs do not alternate (Pixtral).
+        sections: Number of pairs per axis. By default equal, and it is an error if the pairs cannot
+            be divided evenly. Dimensions left over at the end of the head are not rotated.
+        method: The method of all axes, or of each. A temperature acts on the logit, to which all
+            axes contribute: the largest one multiplies all cos and sin.
 
     Raises:
-        RopeError: If an argument is not one of these.
+        RopeError: If an argument is invalid.
     """
 
     head_dim: int
@@ -62,28 +63,22 @@ class AxialRope:
     method: Method | Sequence[Method] = field(default_factory=NoScaling)
 
     def __post_init__(self) -> None:
-        """Check everything, and hold sequences as tuples."""
-        if not _is_int(self.axes) or self.axes not in (2, 3):
-            raise RopeError(f"axes must be 2 or 3, got {self.axes!r}.")
-        if not _is_int(self.head_dim) or self.head_dim < 2 or self.head_dim % 2:
-            raise RopeError(
-                f"head_dim must be an even number of coordinates, got {self.head_dim!r}."
-            )
-        if not isinstance(self.base, int | float) or not 1 < self.base < math.inf:
-            raise RopeError(f"base must be a finite number above 1, got {self.base!r}.")
-        for name, known in (("layout", LAYOUTS), ("pairing", PAIRINGS), ("series", SERIES)):
-            if getattr(self, name) not in known:
-                raise RopeError(
-                    f"{name} must be one of {', '.join(map(repr, known))}, got "
-                    f"{getattr(self, name)!r}."
-                )
+        """Check the arguments, and store sequences as tuples."""
+        require_choice("axes", self.axes, (2, 3))
+        require_integer("head_dim", self.head_dim, 2, unit="dimensions")
+        if self.head_dim % 2:
+            raise RopeError(f"head_dim must be even, got {self.head_dim!r}.")
+        require_number("base", self.base, above=1.0)
+        require_choice("layout", self.layout, LAYOUTS)
+        require_choice("pairing", self.pairing, PAIRINGS)
+        require_choice("series", self.series, SERIES)
         if not isinstance(self.method, Method):
             object.__setattr__(self, "method", self._one_per_axis("method", self.method))
         for method in self.methods:
             if not isinstance(method, Method) or isinstance(method, PerAxis):
                 raise RopeError(
-                    f"method must be a Method or a sequence of one per axis, got {method!r}; "
-                    f"make_method makes one from a name."
+                    f"method must be a Method or a sequence of one per axis, got {method!r}; use "
+                    f"make_method to make one from its name."
                 )
         self._check_sections()
         self._check_trained()
@@ -96,12 +91,12 @@ class AxialRope:
 
     @property
     def pairs(self) -> int:
-        """Number of pairs that rotate."""
+        """Number of rotated pairs."""
         return sum(self._sections)
 
     @property
     def rotary_dim(self) -> int:
-        """Coordinates that rotate, the first of the head."""
+        """Number of rotated dimensions, the first of the head."""
         return 2 * self.pairs
 
     def pair_axes(self) -> tuple[int, ...]:
@@ -111,10 +106,10 @@ class AxialRope:
         return tuple(axis for axis, size in enumerate(self._sections) for _ in range(size))
 
     def geometry(self, axis: int) -> RopeGeometry:
-        """Return what was trained along one axis, as its method sees it.
+        """Return the trained geometry of one axis, as its method sees it.
 
-        With ``series="axis"`` the axis is a rotary embedding of its own; else it has the whole
-        head's frequencies, of which it uses those of its pairs.
+        With ``series="axis"`` the axis is a rotary embedding of its own; otherwise it has the
+        frequencies of the whole head, and uses those of its pairs.
         """
         trained = self.original_max_position_embeddings
         length = trained[axis] if isinstance(trained, tuple) else trained
@@ -124,25 +119,25 @@ class AxialRope:
     def inv_freq(self) -> Tensor:
         """Return the frequencies of the pairs in radians per position, float64, ``(pairs,)``.
 
-        Of a length-dependent method they are those up to the trained length.
+        For a length-dependent method, they are those up to the trained length.
         """
         return self._plan(None)[0]
 
     def cos_sin(
         self, positions: Tensor, dtype: torch.dtype = torch.float32
     ) -> tuple[Tensor, Tensor]:
-        """Return cos and sin of each coordinate's angle, times the temperature.
+        """Compute cos and sin of the angle of each dimension, multiplied by the temperature.
 
-        They fit transformers' ``apply_rotary_pos_emb`` of the same pairing as well as `apply`, and
-        serve all layers. An axis whose method depends on the length gets, in each row, the plan
-        for that row's largest position on that axis; rotate queries and keys in one call then.
+        They are valid for all layers, and for transformers' ``apply_rotary_pos_emb`` with the same
+        pairing as well as for `apply`. With a length-dependent method, each row is planned for its
+        largest position on each axis; use one call for queries and keys then.
 
         Args:
             positions: ``(seq, axes)`` or ``(batch, seq, axes)``, integers or floats.
-            dtype: Of angles and result.
+            dtype: Of the angles and the result.
 
         Returns:
-            Two tensors of ``(seq, rotary_dim)`` or ``(batch, seq, rotary_dim)``.
+            Two tensors of shape ``(seq, rotary_dim)`` or ``(batch, seq, rotary_dim)``.
 
         Raises:
             RopeError: If the positions have another shape.
@@ -157,7 +152,7 @@ class AxialRope:
         return self._spread(angles.cos() * scaling), self._spread(angles.sin() * scaling)
 
     def apply(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        """Return queries or keys rotated by what `cos_sin` returned.
+        """Rotate queries or keys by the result of `cos_sin`.
 
         Args:
             x: ``(batch, heads, seq, head_dim)``.
@@ -165,10 +160,10 @@ class AxialRope:
             sin: The same.
 
         Returns:
-            The same shape and dtype as ``x``, computed in the wider of both dtypes.
+            A tensor with the shape and dtype of ``x``, computed in the wider of the two dtypes.
 
         Raises:
-            RopeError: If the shapes do not fit.
+            RopeError: If the shapes do not match.
         """
         self._check_heads(x, cos, "cos and sin")
         if cos.shape != sin.shape or cos.shape[-1] != self.rotary_dim:
@@ -178,22 +173,22 @@ class AxialRope:
             )
         if cos.dim() == 3:
             cos, sin = cos[:, None], sin[:, None]
-        turning, rest = x[..., : self.rotary_dim], x[..., self.rotary_dim :]
-        turned = turning * cos + self._quarter_turn(turning) * sin
-        return torch.cat((turned.to(x.dtype), rest), dim=-1)
+        rotary, rest = x[..., : self.rotary_dim], x[..., self.rotary_dim :]
+        rotated = rotary * cos + self._quarter_turn(rotary) * sin
+        return torch.cat((rotated.to(x.dtype), rest), dim=-1)
 
     def rotate(self, x: Tensor, positions: Tensor) -> Tensor:
-        """Return queries or keys rotated to their positions, in float32 at least.
+        """Rotate queries or keys to their positions, in float32 or wider.
 
         Args:
             x: ``(batch, heads, seq, head_dim)``.
             positions: ``(seq, axes)`` or ``(batch, seq, axes)``.
 
         Returns:
-            The same shape and dtype as ``x``.
+            A tensor with the shape and dtype of ``x``.
 
         Raises:
-            RopeError: If the shapes do not fit.
+            RopeError: If the shapes do not match.
         """
         self._check_positions(positions)
         self._check_heads(x, positions, "positions")
@@ -205,16 +200,16 @@ class AxialRope:
         return self.sections or (self.head_dim // 2 // self.axes,) * self.axes  # type: ignore[return-value]
 
     def _dealt(self) -> tuple[int, ...]:
-        """Return the axes of pairs that are given to them in turn."""
+        """Return the axes of pairs that are assigned in turn."""
         turns = [(turn, axis) for axis, size in enumerate(self._sections) for turn in range(size)]
         return tuple(axis for _, axis in sorted(turns))
 
     def _plan(self, positions: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Return frequencies per pair and temperature, float64.
+        """Return the frequency of each pair and the temperature, float64.
 
         Returns:
-            ``(pairs,)`` and ``(1,)``; for positions and a length-dependent method ``(1, pairs)``
-            and ``(1, 1)``, with the batch in front where positions have one.
+            ``(pairs,)`` and ``(1,)``; with positions and a length-dependent method, ``(1, pairs)``
+            and ``(1, 1)``, after the batch dimension of the positions if there is one.
         """
         rows: tuple[int, ...] = ()
         device = torch.device("cpu")
@@ -229,25 +224,25 @@ class AxialRope:
                 plan = method.plan_at(geometry, lengths[..., axis : axis + 1])
             else:
                 plan = method.plan(geometry)
-            own = _places(self.pair_axes(), axis)
+            pairs = _indices(self.pair_axes(), axis)
             used = {
-                "axis": list(range(len(own))),
-                "head": own,
-                "dealt": _places(self._dealt(), axis),
+                "axis": list(range(len(pairs))),
+                "head": pairs,
+                "dealt": _indices(self._dealt(), axis),
             }[self.series]
-            frequencies[..., own] = plan.inv_freq[..., used]
+            frequencies[..., pairs] = plan.inv_freq[..., used]
             temperatures[..., axis : axis + 1] = plan.attention_scaling
         return frequencies, temperatures.amax(dim=-1, keepdim=True)
 
     def _spread(self, per_pair: Tensor) -> Tensor:
-        """Return a value per pair at both of its coordinates."""
+        """Repeat a value per pair for both of its dimensions."""
         if self.pairing == "interleaved":
             return per_pair.repeat_interleave(2, dim=-1)
         runs = torch.split(per_pair, self._runs(), dim=-1)
         return torch.cat([half for run in runs for half in (run, run)], dim=-1)
 
     def _quarter_turn(self, x: Tensor) -> Tensor:
-        """Return every pair turned by 90 degrees."""
+        """Rotate every pair by 90 degrees."""
         if self.pairing == "interleaved":
             return torch.stack((-x[..., 1::2], x[..., ::2]), dim=-1).flatten(-2)
         runs = torch.split(x, [2 * size for size in self._runs()], dim=-1)
@@ -255,7 +250,7 @@ class AxialRope:
         return torch.cat([half for first, second in halves for half in (-second, first)], dim=-1)
 
     def _runs(self) -> list[int]:
-        """Return the numbers of pairs whose coordinates stand together."""
+        """Return the sizes of the groups of pairs whose dimensions are adjacent."""
         return list(self._sections) if self.layout == "blocks" else [self.pairs]
 
     def _check_sections(self) -> None:
@@ -264,16 +259,18 @@ class AxialRope:
             if pairs % self.axes:
                 share = pairs // self.axes
                 raise RopeError(
-                    f"the {pairs} pairs of head_dim={self.head_dim} do not divide among "
-                    f"{self.axes} axes; pass sections, such as {(share,) * self.axes} to leave "
-                    f"{pairs - share * self.axes} unrotated."
+                    f"the {pairs} pairs of head_dim={self.head_dim} cannot be divided evenly among "
+                    f"{self.axes} axes; pass sections, such as {(share,) * self.axes}, which "
+                    f"leaves {pairs - share * self.axes} unrotated."
                 )
             return
         sections = self._one_per_axis("sections", self.sections)
-        if not all(_is_int(size) and size > 0 for size in sections) or sum(sections) > pairs:
+        for size in sections:
+            require_integer("each of sections", size, 1, unit="pairs")
+        if sum(sections) > pairs:
             raise RopeError(
-                f"sections must be positive numbers of pairs, at most {pairs} together for "
-                f"head_dim={self.head_dim}, got {sections!r}."
+                f"sections must sum to at most the {pairs} pairs of head_dim={self.head_dim}, got "
+                f"{sections!r}."
             )
         object.__setattr__(self, "sections", sections)
 
@@ -284,22 +281,21 @@ class AxialRope:
             if scaled:
                 raise RopeError(
                     f"{scaled[0]!r} needs original_max_position_embeddings: the trained length in "
-                    f"positions, one for all axes or one for each."
+                    f"positions, for all axes or for each."
                 )
             return
-        if not _is_int(trained):
-            trained = self._one_per_axis("original_max_position_embeddings", trained)
-            object.__setattr__(self, "original_max_position_embeddings", trained)
-        lengths = trained if isinstance(trained, tuple) else (trained,)
-        if not all(_is_int(length) and length > 0 for length in lengths):
-            raise RopeError(
-                f"original_max_position_embeddings must be a positive number of positions, or one "
-                f"per axis, got {trained!r}."
-            )
+        name, lengths = "original_max_position_embeddings", (trained,)
+        if isinstance(trained, Sequence):
+            lengths = self._one_per_axis(name, trained)
+            object.__setattr__(self, name, lengths)
+        for length in lengths:
+            require_integer(name, length, 1, unit="positions")
 
     def _one_per_axis(self, name: str, values: Any) -> tuple[Any, ...]:
         if isinstance(values, str) or not isinstance(values, Sequence) or len(values) != self.axes:
-            raise RopeError(f"{name} must have one value for each of {self.axes} axes: {values!r}.")
+            raise RopeError(
+                f"{name} must have one value for each of {self.axes} axes, got {values!r}."
+            )
         return tuple(values)
 
     def _check_positions(self, positions: Tensor) -> None:
@@ -313,25 +309,21 @@ class AxialRope:
         if positions.is_complex() or positions.dtype == torch.bool:
             raise RopeError(f"positions must be integers or floats, got {positions.dtype}.")
 
-    def _check_heads(self, x: Tensor, places: Tensor, name: str) -> None:
-        """Check queries or keys, and that something per position fits them."""
+    def _check_heads(self, x: Tensor, values: Tensor, name: str) -> None:
+        """Check queries or keys, and that values per position match them."""
         if not isinstance(x, Tensor) or x.dim() != 4 or x.shape[-1] != self.head_dim:
-            found = tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__
+            shape = tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__
             raise RopeError(
                 f"queries and keys must have shape (batch, heads, seq, {self.head_dim}), got "
-                f"{found}."
+                f"{shape}."
             )
         batch, _, seq, _ = x.shape
-        if places.shape[-2] != seq or (places.dim() == 3 and places.shape[0] not in (1, batch)):
+        if values.shape[-2] != seq or (values.dim() == 3 and values.shape[0] not in (1, batch)):
             raise RopeError(
-                f"{name} of shape {tuple(places.shape)} do not fit queries or keys of batch "
+                f"{name} of shape {tuple(values.shape)} do not match queries or keys of batch "
                 f"{batch} and seq {seq}."
             )
 
 
-def _places(owners: Sequence[int], axis: int) -> list[int]:
-    return [place for place, owner in enumerate(owners) if owner == axis]
-
-
-def _is_int(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
+def _indices(axes: Sequence[int], axis: int) -> list[int]:
+    return [index for index, other in enumerate(axes) if other == axis]

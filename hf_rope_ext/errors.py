@@ -1,12 +1,12 @@
-"""What is raised when something cannot be done exactly. Nothing is changed before an error."""
+"""Errors and warnings. An error is raised before anything is changed."""
 
 
 class RopeError(ValueError):
-    """A request that cannot be served; the message says which value, and what to do."""
+    """A request that cannot be served; the message names the value and what to do."""
 
 
 class UnknownMethodError(RopeError):
-    """The method's name is not known."""
+    """Unknown method name."""
 
 
 class MethodParameterError(RopeError):
@@ -14,11 +14,11 @@ class MethodParameterError(RopeError):
 
 
 class UnsupportedModelError(RopeError):
-    """The model has no rotary embedding this package can serve."""
+    """The model has no rotary embedding that this package can extend."""
 
 
 class AlreadyScaledError(RopeError):
-    """The model is patched, or its own config already scales its RoPE."""
+    """The model is already patched, or its config already scales its RoPE."""
 
 
 class NotPatchedError(RopeError):
@@ -26,12 +26,12 @@ class NotPatchedError(RopeError):
 
 
 class ProbeError(RopeError):
-    """The patch went in, but the attention does not see it; the patch has been undone."""
+    """The patch had no effect on the attention, and has been undone."""
 
 
 class ExportError(RopeError):
-    """The target has no exact form for this method."""
+    """The target cannot express the method exactly."""
 
 
 class RopeWarning(UserWarning):
-    """The request was served; something about it is likely not what was wanted."""
+    """The request was served, but the result is probably not what was intended."""

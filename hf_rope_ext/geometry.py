@@ -1,7 +1,7 @@
-"""What a model was trained with, and what a method makes of it.
+"""The trained rotary embedding of a model, and the frequencies a method derives from it.
 
-Notation used by every method: pair ``i`` (of ``rotary_dim // 2``) turns by ``inv_freq[i]`` radians
-per position, ``inv_freq[i] = base ** (-2 * i / rotary_dim)``; a small ``i`` is a fast pair.
+Notation: pair ``i`` (of ``rotary_dim // 2``) rotates by ``inv_freq[i]`` radians per position,
+``inv_freq[i] = base ** (-2 * i / rotary_dim)``; pairs with a small ``i`` are the fast ones.
 """
 
 import math
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 Scale = float | Tensor
-"""A stretch: one number, or one per row of the batch, shape ``(batch, 1, 1)``."""
+"""A scale factor: one number, or one per row of the batch, shape ``(batch, 1, 1)``."""
 
 
 @dataclass(frozen=True)
@@ -19,15 +19,15 @@ class RopeGeometry:
     """The rotary embedding a model was trained with, before any scaling.
 
     Args:
-        rotary_dim: Rotated coordinates of a head; two make a pair.
+        rotary_dim: Rotated dimensions of a head; two make a pair.
         base: The base of the frequencies, ``rope_theta`` in a config.
-        original_max_position_embeddings: Trained length, in positions.
-        head_dim: All coordinates of a query or key head; ``rotary_dim`` when not given.
-        rotated_pairs: Pairs that turn at all; the others have frequency 0 (p-RoPE,
-            arXiv:2410.06205). All pairs when not given.
-        device: Where its tensors live, the CPU when not given.
-        axes: Name of the position axis that each pair turns by (M-RoPE); None where positions have
-            one axis.
+        original_max_position_embeddings: Trained length in positions.
+        head_dim: All dimensions of a query or key head; ``rotary_dim`` by default.
+        rotated_pairs: Number of pairs with a nonzero frequency, fastest first (p-RoPE,
+            arXiv:2410.06205); all by default.
+        device: Device of the tensors, by default the CPU.
+        axes: Name of the position axis that rotates each pair (M-RoPE); None where positions have a
+            single axis.
     """
 
     rotary_dim: int
@@ -44,7 +44,7 @@ class RopeGeometry:
         return (self.rotary_dim + 1) // 2
 
     def index(self) -> Tensor:
-        """Return the pairs' indices 0, 1, 2..., float64, shape ``(pairs,)``."""
+        """Return the pair indices 0, 1, 2..., float64, shape ``(pairs,)``."""
         return torch.arange(self.pairs, dtype=torch.float64, device=self.device)
 
     def exponents(self) -> Tensor:
@@ -59,24 +59,24 @@ class RopeGeometry:
         return frequencies
 
     def rotations(self) -> Tensor:
-        """Return the turns each pair made within the trained length, float64, ``(pairs,)``."""
+        """Return the rotations of each pair over the trained length, float64, ``(pairs,)``."""
         return self.inv_freq() * self.original_max_position_embeddings / (2 * math.pi)
 
     def wavelengths(self) -> Tensor:
-        """Return positions per full turn, float64, ``(pairs,)``; infinite for a resting pair."""
+        """Return the positions per rotation, float64, ``(pairs,)``; infinite at frequency 0."""
         return 2 * math.pi / self.inv_freq()
 
 
 @dataclass(frozen=True, eq=False)
 class FrequencyPlan:
-    """What the rotary embedding shall compute with.
+    """The frequencies and temperature that a method prescribes.
 
     Args:
-        inv_freq: Radians per position, float64, shape ``(pairs,)``, or ``(batch, 1, pairs)`` where
-            every row has its own.
-        attention_scaling: Multiplies cos and sin, so attention logits by its square; a number, or
-            ``(batch, 1, 1)``.
-        softmax_scaling: Multiplies the attention's own softmax scale, in the families whose stock
+        inv_freq: Radians per position, float64, shape ``(pairs,)``, or ``(batch, 1, pairs)`` if
+            they differ between rows.
+        attention_scaling: Multiplier of cos and sin, whose square multiplies the attention logits;
+            a number or ``(batch, 1, 1)``.
+        softmax_scaling: Multiplier of the attention's softmax scale, in families whose stock
             attention reads ``mscale_all_dim`` (multi-head latent attention).
     """
 

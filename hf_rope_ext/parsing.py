@@ -1,4 +1,4 @@
-"""Lengths and methods as they are written on a command line."""
+"""Parsers for lengths, sizes and methods on the command line."""
 
 import json
 import re
@@ -9,35 +9,35 @@ from hf_rope_ext.methods import Method, knobs, make_method, make_per_axis, split
 
 
 def parse_lengths(text: str, trained: int) -> tuple[int, ...]:
-    """Return lengths in tokens from ``"1x,2x"`` (of the trained length) or ``"512,1k"``.
+    """Parse lengths in tokens: ``"1x,2x"`` as multiples of the trained length, or ``"512,1k"``.
 
     Raises:
         RopeError: If a part is neither.
     """
     lengths = []
     for part in text.split(","):
-        found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([xk]?)\s*", part.lower())
-        scale = {"x": trained, "k": 1024, "": 1}[found[2]] if found else 0
-        length = float(found[1]) * scale if found else 0.0
+        match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([xk]?)\s*", part.lower())
+        scale = {"x": trained, "k": 1024, "": 1}[match[2]] if match else 0
+        length = float(match[1]) * scale if match else 0.0
         if length < 1 or length != int(length):
             raise RopeError(
                 f"lengths: {part!r} is neither a number of tokens (512, 128k) nor a multiple of "
-                f"the trained {trained} (2x)."
+                f"the trained length {trained} (2x)."
             )
         lengths.append(int(length))
     return tuple(sorted(set(lengths)))
 
 
 def parse_methods(text: str, factor: float | None) -> dict[str, Method]:
-    """Return methods by label from ``"none,yarn,base:rope_theta=1e6"``.
+    """Parse methods such as ``"none,yarn,base:rope_theta=1e6"`` into methods by label.
 
     Args:
-        text: Names with commas between; a name's own knobs follow it, each after a colon. On a
-            model with M-RoPE a knob can be given for one axis: ``yarn:factor.t=4``.
-        factor: The factor of each method that takes one and does not set its own.
+        text: Comma-separated names, each with its own knobs after colons. On a model with M-RoPE a
+            knob can be set for one axis: ``yarn:factor.t=4``.
+        factor: Factor of the methods that take one and do not set their own.
 
     Raises:
-        RopeError: If a name or a knob is not known.
+        RopeError: If a name or a knob is unknown.
     """
     methods: dict[str, Method] = {}
     for part in text.split(","):
@@ -54,7 +54,7 @@ def parse_methods(text: str, factor: float | None) -> dict[str, Method]:
 
 
 def parse_size(text: str) -> tuple[int, int] | tuple[int, int, int]:
-    """Return width and height from ``"1280x720"``, or a grid of patches from ``"1x46x80"``.
+    """Parse width and height in pixels, ``"1280x720"``, or a grid of patches, ``"1x46x80"``.
 
     Raises:
         RopeError: If it is neither.
@@ -69,7 +69,7 @@ def parse_size(text: str) -> tuple[int, int] | tuple[int, int, int]:
 
 
 def _by_axis(settings: dict[str, Any]) -> dict[str, Any]:
-    """Return settings with those written ``knob.axis`` gathered by knob."""
+    """Group settings written as ``knob.axis`` by knob."""
     values: dict[str, Any] = {}
     for name, value in settings.items():
         knob, dot, axis = name.partition(".")

@@ -1,4 +1,4 @@
-"""What differs between model families, as data; see README.md beside this file to add one."""
+"""Differences between model families, as data; README.md in this directory tells how to add one."""
 
 from hf_rope_ext.models.family import Family
 

@@ -22,11 +22,11 @@ FAMILIES = (
     ),
     Family(
         model_types=("deepseek_v4",),
-        # the layers that use it attend within a sliding window
+        # used only by layers with a sliding window
         windowed=("main",),
         length_dependent=(
-            "queries and the keys they meet are rotated in separate calls, which see different "
-            "positions of one request"
+            "queries and keys are rotated in separate calls, which see different positions of one "
+            "request"
         ),
     ),
 )

@@ -1,10 +1,10 @@
-"""ERNIE 4.5 VL: pairs are stored by axis, height and width before time."""
+"""ERNIE 4.5 VL, which stores pairs by axis, height and width before time."""
 
 from hf_rope_ext.models.family import Config, Family
 
 
 def by_axis(config: Config) -> list[int]:
-    """Return the pairs in the order ``inv_freq`` holds them: even ones, odd ones, the time axis."""
+    """Return the order of the pairs in ``inv_freq``: even and odd spatial pairs, then time."""
     height, width, time = config.rope_parameters["mrope_section"]
     pairs = list(range(height + width + time))
     spatial = pairs[: height + width]

@@ -1,4 +1,4 @@
-"""Families that look sines and cosines up in a table of their own."""
+"""Families that keep a table of sines and cosines."""
 
 from hf_rope_ext.models.family import Family
 

@@ -1,4 +1,4 @@
-"""Granite and Molmo, whose layers do not all share one rotary embedding."""
+"""Granite and Molmo, whose layers do not all share a rotary embedding."""
 
 from hf_rope_ext.models.family import Family
 

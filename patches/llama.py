@@ -1,4 +1,4 @@
-"""Llama 4 and others that normalise queries and keys after rotating them."""
+"""Llama 4 and other families that normalise queries and keys after rotation."""
 
 from typing import Any
 
@@ -9,7 +9,7 @@ from hf_rope_ext.models.family import Family
 
 
 def with_image(model: nn.Module) -> dict[str, Any]:
-    """Return two tokens that see one encoded image, without which IDEFICS does not run."""
+    """Return two tokens that attend to an encoded image, which IDEFICS requires."""
     config: Any = model.config
     weights = next(model.parameters())
     tokens = torch.tensor([[1, 2]], device=weights.device)

@@ -1,4 +1,4 @@
-"""Mistral's recent models, which read their scaling again in every forward."""
+"""Recent Mistral models, which read their scaling in every forward pass."""
 
 from hf_rope_ext.models.family import Family
 
@@ -10,7 +10,7 @@ FAMILIES = (
     Family(
         model_types=("mistral4",),
         softmax_mscale=True,
-        # its default type rotates more pairs than the trained model
+        # its default type rotates more pairs than the trained model does
         stock_types=("dynamic", "linear", "llama3", "longrope", "yarn"),
         keeps=("original_max_position_embeddings",),
     ),

@@ -1,4 +1,4 @@
-"""Muse's drafter, which runs on hidden states of the model it drafts for."""
+"""Muse's draft model, which runs on hidden states of the target model."""
 
 from typing import Any
 

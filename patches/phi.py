@@ -1,4 +1,4 @@
-"""Phi: only LongRoPE in the config, and PhiMoE, which computes its frequencies in every forward."""
+"""Phi, whose config accepts LongRoPE only; PhiMoE recomputes its frequencies in every forward."""
 
 from hf_rope_ext.models.family import Family
 

@@ -1,4 +1,4 @@
-"""Qwen: what the model cards say about extending them."""
+"""Qwen, with the advice its model cards give on extension."""
 
 from hf_rope_ext.geometry import RopeGeometry
 from hf_rope_ext.methods import Method
@@ -8,7 +8,7 @@ QWEN3_MAX_POSITION_EMBEDDINGS = 40960
 
 
 def native_length(method: Method, geometry: RopeGeometry) -> str | None:
-    """Qwen3's config counts room for an answer into its length."""
+    """Warn that Qwen3's config includes room for the answer in its length."""
     trained = geometry.original_max_position_embeddings
     if _stretch(method, geometry) == 1.0 or trained != QWEN3_MAX_POSITION_EMBEDDINGS:
         return None
@@ -20,23 +20,23 @@ def native_length(method: Method, geometry: RopeGeometry) -> str | None:
 
 
 def localisation(method: Method, geometry: RopeGeometry) -> str | None:
-    """Qwen2.5-VL's card advises against YaRN."""
+    """Warn that Qwen2.5-VL's model card advises against YaRN."""
     if _stretch(method, geometry) == 1.0:
         return None
     return (
         "Qwen2.5-VL's model card advises against YaRN, which harms temporal and spatial "
-        "localisation; for long videos it raises the length alone, since positions grow slower "
-        "than tokens: limit_only=True does that."
+        "localisation; for long videos it only raises the length limit, since positions grow more "
+        "slowly than tokens: pass limit_only=True for that."
     )
 
 
 def slow_positions(method: Method, geometry: RopeGeometry) -> str | None:
-    """Qwen3-VL's card advises a smaller factor than the ratio of lengths."""
+    """Warn that Qwen3-VL's model card uses a factor below the ratio of token counts."""
     if _stretch(method, geometry) < 4.0:
         return None
     return (
-        "Qwen3-VL's model card uses a factor of 2 or 3 where token counts suggest 4, since its "
-        "M-RoPE positions grow slower than tokens."
+        "Qwen3-VL's model card uses a factor of 2 or 3 where token counts suggest 4, since "
+        "M-RoPE positions grow more slowly than tokens."
     )
 
 

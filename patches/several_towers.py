@@ -1,10 +1,10 @@
-"""Composite models whose text runs through more than one tower."""
+"""Composite models with several text towers."""
 
 from hf_rope_ext.models.family import Family
 
 KEYS_OF_ANOTHER_TOWER = (
-    "one tower's queries meet keys that another tower rotated, in a call that saw other positions "
-    "of the request"
+    "queries of one tower attend to keys that another tower rotated, in a call with other "
+    "positions of the request"
 )
 
 FAMILIES = (

@@ -1,4 +1,4 @@
-"""Models of speech: several tokens at each position, or sound for input."""
+"""Speech models: several tokens per position, or audio input."""
 
 from typing import Any
 
@@ -9,7 +9,7 @@ from hf_rope_ext.models.family import Family
 
 
 def codebooks(model: nn.Module) -> dict[str, Any]:
-    """Return two positions of one token from each codebook, and one of text."""
+    """Return two positions, each with a token from every codebook and a text token."""
     config: Any = model.config
     device = next(model.parameters()).device
     tokens = torch.ones(1, 2, config.num_codebooks + 1, dtype=torch.int64, device=device)

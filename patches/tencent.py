@@ -1,4 +1,4 @@
-"""Hunyuan, which normalises queries and keys after rotating them."""
+"""Hunyuan, which normalises queries and keys after rotation."""
 
 from hf_rope_ext.models.family import Family
 
@@ -7,7 +7,7 @@ FAMILIES = (
     Family(
         model_types=("hunyuan_vl", "hunyuan_vl_text"),
         norm_after_rope=True,
-        # the running position, then column, row and number of the image
+        # running position, column, row, and index of the image
         axes=("position", "w", "h", "image"),
         next_text="tokens",
         row_ends=True,

@@ -1,10 +1,10 @@
-"""Vision towers whose patches have other axes than row and column, or pairs in another order."""
+"""Vision towers whose axes differ from row and column, or with another order of pairs."""
 
 from hf_rope_ext.models.family import Config, Family
 
 
 def _even_then_odd(config: Config) -> list[int]:
-    """Return Pixtral's order: the head's frequencies are dealt to rows and columns."""
+    """Return Pixtral's order: rows and columns take the head's frequencies in turn."""
     width = config.head_dim or config.hidden_size // config.num_attention_heads
     return [*range(0, width // 2, 2), *range(1, width // 2, 2)]
 

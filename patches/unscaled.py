@@ -1,4 +1,4 @@
-"""Families that take no scaling in their config."""
+"""Families whose config accepts no scaling."""
 
 from hf_rope_ext.models.family import Family
 

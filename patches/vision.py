@@ -1,4 +1,4 @@
-"""Vision-language models: the axes of their positions, and how they place images and videos."""
+"""Vision-language models: their position axes, and placement of images and videos."""
 
 from hf_rope_ext.models.family import Family
 
@@ -8,6 +8,6 @@ FAMILIES = (
         frames_apart=True,
     ),
     Family(model_types=("glm_image", "minicpmv4_7"), next_text=None),
-    # rows and columns of a page, and no time
+    # rows and columns of a page, without time
     Family(model_types=("neomme",), axes=("h", "w")),
 )

@@ -15,8 +15,8 @@ from transformers.models.neomme import modeling_neomme as neomme
 from transformers.models.pixtral import modeling_pixtral as pixtral
 from transformers.models.qwen2_5_vl import modeling_qwen2_5_vl as qwen
 
-from hf_rope_ext import AxialRope, RopeError
-from hf_rope_ext.axial import LAYOUTS, PAIRINGS, SERIES
+from hf_rope_ext import RopeError
+from hf_rope_ext.axial import LAYOUTS, PAIRINGS, SERIES, AxialRope
 from hf_rope_ext.methods import (
     NTK,
     Dynamic,
@@ -383,28 +383,31 @@ def test_it_compiles_without_a_break(method):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"axes": 1}, "axes must be 2 or 3, got 1"),
-        ({"axes": 4}, "axes must be 2 or 3, got 4"),
-        ({"axes": True}, "axes must be 2 or 3"),
-        ({"head_dim": 23}, "head_dim must be an even number of coordinates, got 23"),
-        ({"head_dim": 0}, "head_dim must be an even"),
+        ({"axes": 1}, "axes must be one of 2, 3, got 1"),
+        ({"axes": 4}, "axes must be one of 2, 3, got 4"),
+        ({"axes": True}, "axes must be one of 2, 3, got True"),
+        ({"head_dim": 23}, "head_dim must be even, got 23"),
+        ({"head_dim": 0}, "head_dim must be an integer of at least 2, in dimensions, got 0"),
         ({"head_dim": 64, "axes": 3}, r"32 pairs.*3 axes; pass sections, such as \(10, 10, 10\)"),
-        ({"base": 1.0}, "base must be a finite number above 1"),
-        ({"base": "1e4"}, "base must be a finite number above 1"),
+        ({"base": 1.0}, "base must be a finite number greater than 1, got 1.0"),
+        ({"base": "1e4"}, "base must be a finite number greater than 1, got '1e4'"),
         ({"layout": "halves"}, "layout must be one of 'parts', 'alternating', 'blocks'"),
         ({"pairing": "neox"}, "pairing must be one of 'rotate_half', 'interleaved'"),
         ({"series": "mine"}, "series must be one of 'axis', 'head', 'dealt'"),
-        ({"sections": (6, 7)}, "at most 12 together"),
-        ({"sections": (6, 0)}, "positive numbers of pairs"),
+        ({"sections": (6, 7)}, r"sum to at most the 12 pairs of head_dim=24, got \(6, 7\)"),
+        (
+            {"sections": (6, 0)},
+            "each of sections must be an integer of at least 1",
+        ),
         ({"sections": (4, 4, 4)}, "one value for each of 2 axes"),
         ({"method": Linear(2.0)}, "needs original_max_position_embeddings"),
-        ({"method": "ntk"}, "one value for each of 2 axes: 'ntk'"),
+        ({"method": "ntk"}, "one value for each of 2 axes, got 'ntk'"),
         ({"method": PerAxis({"h": NoScaling()})}, "a Method or a sequence of one per axis"),
         ({"method": (NoScaling(),)}, "one value for each of 2 axes"),
         ({"method": ("ntk", NoScaling())}, "a Method or a sequence of one per axis, got 'ntk'"),
         ({"original_max_position_embeddings": (8,)}, "one value for each of 2 axes"),
-        ({"original_max_position_embeddings": 0}, "a positive number of positions"),
-        ({"original_max_position_embeddings": 8.0}, "one value for each"),
+        ({"original_max_position_embeddings": 0}, "integer of at least 1, in positions, got 0"),
+        ({"original_max_position_embeddings": 8.0}, "at least 1, in positions, got 8.0"),
     ],
     ids=str,
 )

@@ -1,13 +1,14 @@
-"""The methods, by name.
+"""All methods, by name.
 
-A new method is one file beside these and one line in `METHODS`; it then works on every family.
+A new method is a file in this package and a line in `METHODS`; it then works on every family. A
+method object can be called on a model: ``with Yarn(factor=4)(model): ...`` patches it temporarily.
 """
 
-import difflib
 from collections.abc import Mapping
 from dataclasses import MISSING, fields
 from typing import Any
 
+from hf_rope_ext.checks import suggest
 from hf_rope_ext.errors import MethodParameterError, UnknownMethodError
 from hf_rope_ext.methods.base import Base
 from hf_rope_ext.methods.clamped import DynamicLinear, DynamicNTK, DynamicYarn
@@ -84,22 +85,22 @@ __all__ = [
 
 
 def available_methods() -> tuple[str, ...]:
-    """Return the names that `make_method` takes; aliases and modifiers joined by + come on top."""
+    """Return the names `make_method` takes, without aliases and combinations such as yarn+cope."""
     return tuple(METHODS)
 
 
 def split_name(name: object) -> tuple[type[Method], ...]:
-    """Return the method classes a name stands for: one method, then modifiers in their order.
+    """Return the classes a name refers to: a method, then its modifiers in order of application.
 
     Raises:
-        UnknownMethodError: If a part is not known, or stands where it cannot.
+        UnknownMethodError: If a part is unknown, or a + is followed by anything but a modifier.
     """
     if not isinstance(name, str):
         raise UnknownMethodError(
-            f"a method is a name such as 'yarn' or a Method object, got {name!r}. "
-            f"Known names: {', '.join(METHODS)}."
+            f"a method is a name such as 'yarn' or a Method object, got {name!r}. Known names: "
+            f"{', '.join(METHODS)}."
         )
-    classes = tuple(_find(part) for part in name.split("+"))
+    classes = tuple(_class_named(part) for part in name.split("+"))
     for cls in classes[1:]:
         if not issubclass(cls, Modifier):
             raise UnknownMethodError(
@@ -114,63 +115,64 @@ def knobs(cls: type[Method]) -> tuple[str, ...]:
 
 
 def make_method(name: str, **values: Any) -> Method:
-    """Return the method of that name with these knobs.
+    """Make a method from its name and knobs.
 
-    ``"yarn+resonance"`` is YaRN with `Resonance` applied after it; each knob goes to the part that
-    has it.
+    ``"yarn+resonance"`` is YaRN followed by `Resonance`; each knob goes to the part that has it.
 
     Raises:
-        UnknownMethodError: If the name is not known.
+        UnknownMethodError: If the name is unknown.
         MethodParameterError: If a knob is missing, unknown or out of range.
     """
     classes = split_name(name)
-    owned = [knob for cls in classes for knob in knobs(cls)]
+    known = [knob for cls in classes for knob in knobs(cls)]
     for knob in values:
-        if knob not in owned:
-            near = difflib.get_close_matches(knob, owned, n=1, cutoff=0.5)
-            hint = f" Did you mean {near[0]!r}?" if near else ""
+        if knob not in known:
             raise MethodParameterError(
-                f"{name} has no knob {knob!r}.{hint} Its knobs: {', '.join(owned) or 'none'}."
+                f"{name} has no knob {knob!r}.{suggest(knob, known)} Its knobs: "
+                f"{', '.join(known) or 'none'}."
             )
     method: Method | None = None
     for cls in classes:
-        own = {knob: values[knob] for knob in knobs(cls) if knob in values}
+        arguments = {knob: values[knob] for knob in knobs(cls) if knob in values}
         for field in fields(cls):  # type: ignore[arg-type]
             required = field.default is MISSING and field.default_factory is MISSING
-            if required and field.name not in own:
+            if required and field.name not in arguments:
                 orelse = " (or target_length)" if field.name == "factor" else ""
                 raise MethodParameterError(f"{cls.name} needs {field.name}{orelse}.")
         if method is not None:
-            own["method"] = method
-        method = cls(**own)
+            arguments["method"] = method
+        method = cls(**arguments)
     assert method is not None  # split_name returns at least one class
     return method
 
 
 def make_per_axis(method: Any, values: Mapping[str, Any]) -> PerAxis:
-    """Return the method that stands for values by axis, such as ``factor={"t": 4, "h": 1}``.
+    """Make a method from values by axis, such as ``factor={"t": 4, "h": 1}``.
 
     Args:
-        method: A name, a method object, or either by axis.
-        values: Knobs: one value for all axes that have the knob, or a value by axis.
+        method: A name or a method object, for all axes or by axis.
+        values: Knobs: one value for every axis that has the knob, or values by axis.
 
     Raises:
-        UnknownMethodError: If a name is not known.
+        UnknownMethodError: If a name is unknown.
         MethodParameterError: If a knob is missing, unknown or out of range.
     """
-    given = [value for value in (method, *values.values()) if isinstance(value, Mapping)]
-    owners = method if isinstance(method, Mapping) else {axis: method for v in given for axis in v}
+    if not isinstance(method, Mapping):
+        by_axis = [value for value in values.values() if isinstance(value, Mapping)]
+        method = {axis: method for value in by_axis for axis in value}
     for name, value in values.items():
         if isinstance(value, Mapping):
-            missed = [axis for axis in value if axis not in owners]
-            if missed:
+            unused = [axis for axis in value if axis not in method]
+            if unused:
                 raise MethodParameterError(
-                    f"{name} is given for axis {missed[0]!r}, which has no method; methods are "
-                    f"given for {', '.join(map(repr, owners))}."
+                    f"{name} is given for axis {unused[0]!r}, which has no method; methods are "
+                    f"given for {', '.join(map(repr, method))}."
                 )
-        elif not any(name in _axis_knobs(one) for one in owners.values()):
+        elif not any(name in _axis_knobs(axis_method) for axis_method in method.values()):
             raise MethodParameterError(f"no axis has a method with the knob {name!r}.")
-    return PerAxis(tuple((axis, _axis_method(one, axis, values)) for axis, one in owners.items()))
+    return PerAxis(
+        tuple((axis, _axis_method(chosen, axis, values)) for axis, chosen in method.items())
+    )
 
 
 def _axis_knobs(method: Any) -> tuple[str, ...]:
@@ -180,60 +182,55 @@ def _axis_knobs(method: Any) -> tuple[str, ...]:
 
 
 def _axis_method(method: Any, axis: str, values: Mapping[str, Any]) -> Method:
-    own = {name: value[axis] for name, value in values.items() if _names(value, axis)}
+    own, shared = {}, {}
+    for name, value in values.items():
+        if not isinstance(value, Mapping):
+            shared[name] = value
+        elif axis in value:
+            own[name] = value[axis]
     if isinstance(method, Method):
         if own:
             raise MethodParameterError(
-                f"{next(iter(own))} of axis {axis!r} is set on the method object already "
-                f"({method!r}); pass one or the other."
+                f"{next(iter(own))} of axis {axis!r} is already set by the method object "
+                f"{method!r}; pass one or the other."
             )
         return method
-    shared = {
-        name: value
-        for name, value in values.items()
-        if not isinstance(value, Mapping) and name in _axis_knobs(method)
-    }
-    return make_method(method, **shared, **own)
-
-
-def _names(value: Any, axis: str) -> bool:
-    return isinstance(value, Mapping) and axis in value
+    known = _axis_knobs(method)
+    return make_method(method, **{knob: shared[knob] for knob in known if knob in shared}, **own)
 
 
 def method_record(method: Method) -> dict[str, Any]:
-    """Return a method as plain JSON data, as `method_from_record` takes it."""
+    """Return a method as JSON data that `method_from_record` reads."""
     if isinstance(method, PerAxis):
-        by_axis = {axis: method_record(one) for axis, one in method.methods}
+        by_axis = {axis: method_record(axis_method) for axis, axis_method in method.methods}
         return {"name": method.name, "methods": by_axis}
-    own = {
+    values = {
         knob: list(value) if isinstance(value := getattr(method, knob), tuple) else value
         for knob in knobs(type(method))
     }
     if isinstance(method, Modifier) and not isinstance(method.method, NoScaling):
         inner = method_record(method.method)
-        return {**inner, **own, "name": f"{inner['name']}+{method.name}"}
-    return {"name": method.name, **own}
+        return {**inner, **values, "name": f"{inner['name']}+{method.name}"}
+    return {"name": method.name, **values}
 
 
 def method_from_record(record: Mapping[str, Any]) -> Method:
-    """Return the method of a record."""
+    """Return the method that a record describes."""
     values = dict(record)
     name = values.pop("name")
     if name != PerAxis.name:
         return make_method(name, **values)
     by_axis = values["methods"].items()
-    return PerAxis(tuple((axis, method_from_record(one)) for axis, one in by_axis))
+    return PerAxis(tuple((axis, method_from_record(inner)) for axis, inner in by_axis))
 
 
-def _find(part: str) -> type[Method]:
+def _class_named(part: str) -> type[Method]:
     word = part.strip().lower().replace("-", "_")
     word = ALIASES.get(word, word)
     if word not in METHODS:
-        near = difflib.get_close_matches(word, [*METHODS, *ALIASES], n=1, cutoff=0.5)
-        hint = f" Did you mean {near[0]!r}?" if near else ""
         raise UnknownMethodError(
-            f"unknown method {part!r}.{hint} Known: {', '.join(METHODS)}; "
-            f"{_modifiers()} can also follow another method and a +."
+            f"unknown method {part!r}.{suggest(word, [*METHODS, *ALIASES])} Known: "
+            f"{', '.join(METHODS)}; {_modifiers()} can also follow another method and a +."
         )
     return METHODS[word]
 

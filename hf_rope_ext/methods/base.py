@@ -1,10 +1,10 @@
-"""A larger base (adjusted base frequency): all but the first pair slow down."""
+"""A larger base (adjusted base frequency): every pair but the first slows down."""
 
 from dataclasses import dataclass, replace
 from typing import Any
 
 from hf_rope_ext.geometry import FrequencyPlan, RopeGeometry
-from hf_rope_ext.methods.method import Method, require_real
+from hf_rope_ext.methods.method import Method, store_number
 
 
 @dataclass(frozen=True)
@@ -12,8 +12,8 @@ class Base(Method):
     """Adjusted base frequency (Xiong et al., 2023, arXiv:2309.16039; Code Llama, arXiv:2308.12950).
 
     Args:
-        rope_theta: The new base, above 1. A lower bound for a length L is 0.0424 * L ** 1.628
-            (arXiv:2405.14591, fig. 1).
+        rope_theta: The new base, greater than 1. 0.0424 * L ** 1.628 is a lower bound for a context
+            of L positions (arXiv:2405.14591, fig. 1).
     """
 
     name = "base"
@@ -22,7 +22,7 @@ class Base(Method):
 
     def __post_init__(self) -> None:
         """Check ``rope_theta``."""
-        require_real(self, "rope_theta", above=1.0)
+        store_number(self, "rope_theta", above=1.0)
 
     def plan(self, geometry: RopeGeometry) -> FrequencyPlan:
         """Return the frequencies of the new base."""

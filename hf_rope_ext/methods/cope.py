@@ -1,4 +1,4 @@
-"""CoPE: fade the slowest pairs out."""
+"""CoPE: fade out the slowest pairs."""
 
 import math
 from dataclasses import dataclass, field
@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from hf_rope_ext.checks import require_bool, require_integer
 from hf_rope_ext.errors import MethodParameterError
 from hf_rope_ext.geometry import RopeGeometry
 from hf_rope_ext.methods.method import Method, Modifier
@@ -16,13 +17,14 @@ from hf_rope_ext.methods.none import NoScaling
 class Cope(Modifier):
     """Clipped RoPE (arXiv:2602.05258): a cosine taper over the slowest pairs.
 
-    Alone it edits the trained frequencies; ``"base+cope"`` or ``"yarn+cope"`` edits a method's.
+    On its own it modifies the trained frequencies; in ``"base+cope"`` or ``"yarn+cope"``, those of
+    another method.
 
     Args:
-        method: The method whose plan is edited.
-        clipped_pairs: How many pairs, from the slowest, are faded, at least 2 (1 with
-            ``hard_clip``); the paper's 20 of 64, in proportion, when not given.
-        hard_clip: Whether they rest altogether instead.
+        method: The method whose frequencies are modified.
+        clipped_pairs: Number of pairs to fade, counted from the slowest; at least 2, or 1 with
+            ``hard_clip``. By default the paper's share, 20 of 64.
+        hard_clip: Whether to set their frequencies to 0 instead of fading them.
     """
 
     name = "cope"
@@ -33,17 +35,14 @@ class Cope(Modifier):
 
     def __post_init__(self) -> None:
         """Check the knobs."""
+        require_bool(f"{self.name}: hard_clip", self.hard_clip, MethodParameterError)
         least = 1 if self.hard_clip else 2
-        value = self.clipped_pairs
-        if value is not None and (
-            isinstance(value, bool) or not isinstance(value, int) or value < least
-        ):
-            raise MethodParameterError(
-                f"{self.name}: clipped_pairs must be an integer of at least {least}, got {value!r}."
-            )
+        if self.clipped_pairs is not None:
+            name = f"{self.name}: clipped_pairs"
+            require_integer(name, self.clipped_pairs, least, error=MethodParameterError)
 
     def modify(self, geometry: RopeGeometry, inv_freq: Tensor) -> Tensor:
-        """Return the frequencies with the slowest faded."""
+        """Return the frequencies with the slowest pairs faded out."""
         count = self.clipped_pairs
         if count is None:
             count = max(round(geometry.pairs * 20 / 64), 2)

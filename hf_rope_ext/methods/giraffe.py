@@ -1,4 +1,4 @@
-"""Giraffe's edits of the frequencies: a power law, and truncation."""
+"""Giraffe's modifications of the frequencies: power scaling and truncation."""
 
 import math
 from dataclasses import dataclass
@@ -7,18 +7,18 @@ import torch
 
 from hf_rope_ext.errors import MethodParameterError
 from hf_rope_ext.geometry import FrequencyPlan, RopeGeometry, Scale
-from hf_rope_ext.methods.method import Stretched, require_real
+from hf_rope_ext.methods.method import Scaling, store_number
 
 
 @dataclass(frozen=True)
-class Giraffe(Stretched):
+class Giraffe(Scaling):
     """Power and truncated bases (Pal et al., 2023, arXiv:2308.10882), in the order of its code.
 
     Args:
-        factor: All pairs are first slowed by this, at least 1.
-        power: Pair ``i`` is then multiplied by ``(1 - i / pairs) ** power``, at least 0.
-        truncated_length: Pairs that turn slower than once in this many positions are replaced: by
-            one turn in 16 times as many, or, if slower than once in 8 times as many, by rest.
+        factor: Every frequency is first divided by this, at least 1.
+        power: Frequency ``i`` is then multiplied by ``(1 - i / pairs) ** power``, at least 0.
+        truncated_length: Wavelengths above this many positions are set to 16 times as many, and
+            frequencies to 0 where the wavelength was above 8 times as many.
     """
 
     name = "giraffe"
@@ -30,14 +30,13 @@ class Giraffe(Stretched):
     def __post_init__(self) -> None:
         """Check the knobs."""
         super().__post_init__()
-        require_real(self, "power", minimum=0.0)
-        if self.truncated_length is not None:
-            require_real(self, "truncated_length", above=0.0)
+        store_number(self, "power", least=0.0)
+        store_number(self, "truncated_length", optional=True, above=0.0)
         if self.power == 0.0 and self.truncated_length is None:
             raise MethodParameterError(f"{self.name}: give power, truncated_length, or both.")
 
     def stretch(self, geometry: RopeGeometry, scale: Scale) -> FrequencyPlan:
-        """Return the edited frequencies."""
+        """Return the modified frequencies."""
         remaining = 1 - geometry.index() / geometry.pairs
         frequencies = geometry.inv_freq() / scale * remaining**self.power
         if self.truncated_length is not None:

@@ -1,14 +1,14 @@
-"""Position interpolation: squeeze all positions into the trained range."""
+"""Position interpolation: compress all positions into the trained range."""
 
 from dataclasses import dataclass
 from typing import Any
 
 from hf_rope_ext.geometry import FrequencyPlan, RopeGeometry, Scale
-from hf_rope_ext.methods.method import Stretched
+from hf_rope_ext.methods.method import Scaling
 
 
 @dataclass(frozen=True)
-class Linear(Stretched):
+class Linear(Scaling):
     """Position Interpolation (Chen et al., 2023, arXiv:2306.15595): every pair slowed alike.
 
     ::

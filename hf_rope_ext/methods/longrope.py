@@ -1,4 +1,4 @@
-"""LongRoPE: searched slowdowns per pair, one list within the trained length, one beyond it."""
+"""LongRoPE: searched per-pair rescale factors, one list within the trained length, one beyond."""
 
 import math
 from collections.abc import Sequence
@@ -8,9 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hf_rope_ext.checks import require_number
 from hf_rope_ext.errors import MethodParameterError
 from hf_rope_ext.geometry import FrequencyPlan, RopeGeometry
-from hf_rope_ext.methods.method import Method, require_real
+from hf_rope_ext.methods.method import Method, store_number
 
 
 @dataclass(frozen=True)
@@ -24,10 +25,10 @@ class LongRope(Method):
     Cos and sin are multiplied by ``sqrt(1 + ln(factor) / ln(trained))`` at every length.
 
     Args:
-        factor: Target length over trained length, at least 1; it sets the temperature only.
-        long_factor: Slowdown of each pair beyond the trained length, each above 0.
-        short_factor: The same within the trained length; all 1 when not given.
-        attention_factor: What cos and sin are multiplied by, instead of the formula.
+        factor: Target length over trained length, at least 1; it only sets the temperature.
+        long_factor: Rescale factor of each pair beyond the trained length, each above 0.
+        short_factor: The same within the trained length; all 1 by default.
+        attention_factor: Multiplier of cos and sin, in place of the formula.
     """
 
     name = "longrope"
@@ -39,9 +40,8 @@ class LongRope(Method):
 
     def __post_init__(self) -> None:
         """Check the knobs."""
-        require_real(self, "factor", minimum=1.0)
-        if self.attention_factor is not None:
-            require_real(self, "attention_factor", above=0.0)
+        store_number(self, "factor", least=1.0)
+        store_number(self, "attention_factor", optional=True, above=0.0)
         object.__setattr__(self, "long_factor", self._checked("long_factor"))
         if self.short_factor is None:
             object.__setattr__(self, "short_factor", (1.0,) * len(self.long_factor))
@@ -53,11 +53,11 @@ class LongRope(Method):
         return self.long_factor != self.short_factor
 
     def plan(self, geometry: RopeGeometry) -> FrequencyPlan:
-        """Return the plan of ``short_factor``, which is that of the trained length."""
+        """Return the plan with ``short_factor``, for requests up to the trained length."""
         return self._slowed(geometry, self._slowdown(geometry, "short_factor"))
 
     def plan_at(self, geometry: RopeGeometry, length: Tensor) -> FrequencyPlan:
-        """Return each row's plan; exactly the trained length is still short."""
+        """Return the plan of each row; a request of exactly the trained length is short."""
         beyond = length > geometry.original_max_position_embeddings
         long = self._slowdown(geometry, "long_factor")
         return self._slowed(
@@ -65,13 +65,13 @@ class LongRope(Method):
         )
 
     def freeze(self, geometry: RopeGeometry, length: int) -> "LongRope":
-        """Return the plan a request of ``length`` gets, at every length."""
+        """Return the method that applies the plan of a request of ``length`` at every length."""
         beyond = length > geometry.original_max_position_embeddings
         slowdown = self._slowdown(geometry, "long_factor" if beyond else "short_factor").tolist()
         return LongRope(self.factor, slowdown, slowdown, self.temperature(geometry))
 
     def temperature(self, geometry: RopeGeometry) -> float:
-        """Return what cos and sin are multiplied by."""
+        """Return the multiplier of cos and sin."""
         if self.attention_factor is not None:
             return self.attention_factor
         trained = geometry.original_max_position_embeddings
@@ -102,16 +102,11 @@ class LongRope(Method):
 
     def _checked(self, knob: str) -> tuple[float, ...]:
         values = getattr(self, knob)
-        if isinstance(values, Sequence) and values and not isinstance(values, str):
-            numbers = tuple(values)
-            if all(
-                isinstance(number, int | float)
-                and not isinstance(number, bool)
-                and 0 < number < math.inf
-                for number in numbers
-            ):
-                return tuple(float(number) for number in numbers)
-        raise MethodParameterError(
-            f"{self.name}: {knob} must be a list of finite numbers above 0, one for each pair, "
-            f"got {values!r}."
-        )
+        if not isinstance(values, Sequence) or not values or isinstance(values, str):
+            raise MethodParameterError(
+                f"{self.name}: {knob} must be a list of numbers, one for each pair, got {values!r}."
+            )
+        for pair, value in enumerate(values):
+            name = f"{self.name}: {knob}[{pair}]"
+            require_number(name, value, above=0.0, error=MethodParameterError)
+        return tuple(map(float, values))

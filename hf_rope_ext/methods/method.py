@@ -1,25 +1,37 @@
-"""The shape every method has."""
+"""The interface of every method."""
 
 import abc
-import math
+import importlib
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
-from numbers import Real
 from typing import Any, ClassVar
 
-from torch import Tensor
+from torch import Tensor, nn
 
+from hf_rope_ext.checks import require_number
 from hf_rope_ext.errors import MethodParameterError
 from hf_rope_ext.geometry import FrequencyPlan, RopeGeometry, Scale
 
 
 class Method(abc.ABC):
-    """A rule from trained geometry to frequencies; subclasses are frozen dataclasses of knobs."""
+    """A rule from the trained geometry to frequencies; subclasses are frozen dataclasses."""
 
     name: ClassVar[str]
 
+    def __call__(self, model: nn.Module, **arguments: Any) -> AbstractContextManager[nn.Module]:
+        """Return a context manager that patches the model, as `hf_rope_ext.patched` does.
+
+        Args:
+            model: The model to patch.
+            **arguments: Other arguments of `patch_model`.
+        """
+        # imported by name, so that methods depend on nothing but torch
+        patching = importlib.import_module("hf_rope_ext.patching.patch")
+        return patching.patched(model, self, **arguments)  # type: ignore[no-any-return]
+
     @abc.abstractmethod
     def plan(self, geometry: RopeGeometry) -> FrequencyPlan:
-        """Return the plan for ``geometry``; of a length-dependent method, its trained form."""
+        """Return the plan for a geometry; if length-dependent, the one up to the trained length."""
 
     @property
     def length_dependent(self) -> bool:
@@ -27,10 +39,10 @@ class Method(abc.ABC):
         return False
 
     def plan_at(self, geometry: RopeGeometry, length: Tensor) -> FrequencyPlan:
-        """Return the plan of requests that long.
+        """Return the plan for requests of given lengths.
 
         Args:
-            geometry: What was trained.
+            geometry: The trained geometry.
             length: Largest position + 1 of each row, float64, shape ``(batch, 1, 1)``.
 
         Returns:
@@ -39,26 +51,26 @@ class Method(abc.ABC):
         raise NotImplementedError(f"{self.name} does not depend on the length")
 
     def freeze(self, geometry: RopeGeometry, length: int) -> "Method":
-        """Return the static method with the plan a request of ``length`` gets."""
+        """Return the static method with the plan of a request of ``length`` positions."""
         return self
 
     def target_length(self, geometry: RopeGeometry) -> int | None:
-        """Return the length, in positions, that the method is for; None where it does not say."""
+        """Return the intended length in positions; None if the method implies none."""
         factor: float | None = getattr(self, "factor", None)
         return None if factor is None else round(factor * geometry.original_max_position_embeddings)
 
     def rope_parameters(self, geometry: RopeGeometry) -> dict[str, Any] | None:
-        """Return the scaling keys of transformers' config that mean this method exactly.
+        """Return the scaling keys of transformers' config that mean exactly this method.
 
-        None where transformers has no such ``rope_type``; a static plan can then still be written
-        as its frequencies (see `hf_rope_ext.models.rope_config`).
+        None if transformers has no such ``rope_type``; a static plan can still be saved as explicit
+        frequencies (see `hf_rope_ext.models.rope_config`).
         """
         return None
 
 
 @dataclass(frozen=True)
-class Stretched(Method):
-    """A static method with one stretch for every request.
+class Scaling(Method):
+    """A static method with one scale for all requests.
 
     Args:
         factor: Target length over trained length, at least 1; 1 changes nothing.
@@ -68,11 +80,11 @@ class Stretched(Method):
 
     def __post_init__(self) -> None:
         """Check ``factor``."""
-        require_real(self, "factor", minimum=1.0)
+        store_number(self, "factor", least=1.0)
 
     @abc.abstractmethod
     def stretch(self, geometry: RopeGeometry, scale: Scale) -> FrequencyPlan:
-        """Return the plan at ``scale``, a number or one number per row."""
+        """Return the plan at ``scale``, one number or one per row."""
 
     def plan(self, geometry: RopeGeometry) -> FrequencyPlan:
         """Return the plan at ``factor``."""
@@ -80,7 +92,7 @@ class Stretched(Method):
 
 
 class Modifier(Method):
-    """A rule applied to what another method planned, after it.
+    """A rule applied to the frequencies of another method.
 
     Subclasses are frozen dataclasses with a field ``method`` and implement `modify`.
     """
@@ -89,60 +101,48 @@ class Modifier(Method):
 
     @abc.abstractmethod
     def modify(self, geometry: RopeGeometry, inv_freq: Tensor) -> Tensor:
-        """Return changed frequencies, same shape (the last dimension is the pairs)."""
+        """Return modified frequencies of the same shape; the last dimension is the pairs."""
 
     @property
     def length_dependent(self) -> bool:
-        """Whether the modified method's plan depends on the length."""
+        """Whether the plan of the modified method depends on the length."""
         return self.method.length_dependent
 
     def plan(self, geometry: RopeGeometry) -> FrequencyPlan:
-        """Return the modified plan; a length-dependent method's trained form stays as it is."""
+        """Return the modified plan; of a length-dependent method, the trained one unmodified."""
         planned = self.method.plan(geometry)
         if self.length_dependent:
             return planned
         return replace(planned, inv_freq=self.modify(geometry, planned.inv_freq))
 
     def plan_at(self, geometry: RopeGeometry, length: Tensor) -> FrequencyPlan:
-        """Return the modified plan of requests that long."""
+        """Return the modified plan for requests of given lengths."""
         planned = self.method.plan_at(geometry, length)
         return replace(planned, inv_freq=self.modify(geometry, planned.inv_freq))
 
     def freeze(self, geometry: RopeGeometry, length: int) -> Method:
-        """Return the same rule over the frozen method."""
+        """Return the same rule applied to the frozen method."""
         return replace(self, method=self.method.freeze(geometry, length))  # type: ignore[type-var]
 
     def target_length(self, geometry: RopeGeometry) -> int | None:
-        """Return the modified method's target."""
+        """Return the target length of the modified method."""
         return self.method.target_length(geometry)
 
 
-def require_real(
-    method: Method, knob: str, *, minimum: float = -math.inf, above: float = -math.inf
-) -> None:
-    """Check that a knob is a finite number in range, and store it as a float.
+def store_number(method: Method, knob: str, *, optional: bool = False, **bounds: float) -> None:
+    """Check that a knob is a finite number within bounds, and store it as a float.
 
-    Raises:
-        MethodParameterError: If it is not; bools and numeric strings are not numbers.
-    """
-    value = getattr(method, knob)
-    number = isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
-    if not number or value < minimum or value <= above:
-        bound = f"at least {minimum:g}" if above == -math.inf else f"greater than {above:g}"
-        raise MethodParameterError(
-            f"{method.name}: {knob} must be a finite number {bound}, got {value!r}."
-        )
-    object.__setattr__(method, knob, float(value))
-
-
-def require_choice(method: Method, knob: str, choices: tuple[str, ...]) -> None:
-    """Check that a knob is one of a few words.
+    Args:
+        method: The method under construction.
+        knob: Name of the knob.
+        optional: Whether None is allowed.
+        **bounds: Bounds as in `require_number`.
 
     Raises:
         MethodParameterError: If it is not.
     """
     value = getattr(method, knob)
-    if value not in choices:
-        raise MethodParameterError(
-            f"{method.name}: {knob} must be one of {', '.join(map(repr, choices))}, got {value!r}."
-        )
+    if value is None and optional:
+        return
+    require_number(f"{method.name}: {knob}", value, **bounds, error=MethodParameterError)
+    object.__setattr__(method, knob, float(value))

@@ -1,4 +1,4 @@
-"""No scaling: the baseline every comparison needs."""
+"""No scaling: the baseline of every comparison."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -9,7 +9,7 @@ from hf_rope_ext.methods.method import Method
 
 @dataclass(frozen=True)
 class NoScaling(Method):
-    """Leave the trained frequencies as they are."""
+    """Leave the trained frequencies unchanged."""
 
     name = "none"
 

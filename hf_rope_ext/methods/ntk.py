@@ -1,4 +1,4 @@
-"""NTK-aware scaling: stretch the base, so fast pairs keep their pace and slow ones slow down."""
+"""NTK-aware scaling: a larger base, which slows the slow pairs and preserves the fast ones."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -6,31 +6,31 @@ from typing import Any
 from torch import Tensor
 
 from hf_rope_ext.geometry import FrequencyPlan, RopeGeometry, Scale
-from hf_rope_ext.methods.method import Stretched
+from hf_rope_ext.methods.method import Scaling
 
 
 @dataclass(frozen=True)
-class NTK(Stretched):
+class NTK(Scaling):
     """Static NTK-aware RoPE (bloc97, 2023; YaRN paper, arXiv:2309.00071, sec. 3.1).
 
-    The new base is the one for which the first pair is untouched and the last is slowed by exactly
+    The base is chosen such that the first pair is unchanged and the last is slowed by exactly
     ``factor``::
 
         base' = base * factor ** (rotary_dim / (rotary_dim - 2))
 
     Args:
-        factor: Target length over trained length, at least 1. Some pairs still turn further than
-            in training, so the length that works is less than ``factor`` times the trained one.
+        factor: Target length over trained length, at least 1. Some pairs still exceed their trained
+            angles, so the usable length is less than ``factor`` times the trained one.
     """
 
     name = "ntk"
 
     def stretch(self, geometry: RopeGeometry, scale: Scale) -> FrequencyPlan:
-        """Return the frequencies of the stretched base."""
+        """Return the frequencies of the larger base."""
         return FrequencyPlan(geometry.inv_freq() * scale ** -slowdown_exponents(geometry))
 
     def rope_parameters(self, geometry: RopeGeometry) -> dict[str, Any] | None:
-        """Return transformers' ``default`` type with the stretched ``rope_theta``."""
+        """Return transformers' ``default`` type with the larger ``rope_theta``."""
         dim = geometry.rotary_dim
         if dim <= 2:
             return None
@@ -41,6 +41,6 @@ class NTK(Stretched):
 
 
 def slowdown_exponents(geometry: RopeGeometry) -> Tensor:
-    """Return ``2 * i / (rotary_dim - 2)``: from 0 for the first pair to 1 for the last."""
+    """Return ``2 * i / (rotary_dim - 2)``, from 0 for the first pair to 1 for the last."""
     dim = geometry.rotary_dim
     return geometry.exponents() * (dim / max(dim - 2, 1))

@@ -1,4 +1,4 @@
-"""NTK-by-parts: fast pairs keep their frequency, slow pairs are interpolated, a ramp between."""
+"""NTK-by-parts: preserve fast pairs, interpolate slow ones, and ramp between the two."""
 
 import math
 from dataclasses import dataclass
@@ -7,23 +7,24 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hf_rope_ext.checks import require_bool, require_choice
 from hf_rope_ext.errors import MethodParameterError
 from hf_rope_ext.geometry import FrequencyPlan, RopeGeometry, Scale
-from hf_rope_ext.methods.method import Stretched, require_choice, require_real
+from hf_rope_ext.methods.method import Scaling, store_number
 
 
 @dataclass(frozen=True)
-class NTKByParts(Stretched):
+class NTKByParts(Scaling):
     """NTK-by-parts interpolation (YaRN paper, arXiv:2309.00071, sec. 3.2): YaRN, no temperature.
 
     Args:
         factor: Target length over trained length, at least 1.
-        beta_fast: Pairs that made more turns than this in training are left alone.
-        beta_slow: Pairs that made fewer turns than this are slowed by ``factor``.
-        truncate: Whether the index ramp starts and ends at whole pairs.
-        ramp: Along what the ramp between the two is linear: ``"index"``, the pair's index, as in
-            the authors' code and every framework; ``"rotation"``, its turns, as in the paper.
-        blend: What is mixed along the ramp: ``"arithmetic"``, frequencies, as in the paper;
+        beta_fast: Pairs with more rotations than this in the trained length are unchanged.
+        beta_slow: Pairs with fewer rotations than this are slowed by ``factor``.
+        truncate: Whether the bounds of the index ramp are rounded to whole pairs.
+        ramp: What the ramp is linear in: ``"index"``, the index of the pair, as in the authors'
+            code and every framework; ``"rotation"``, its number of rotations, as in the paper.
+        blend: What is averaged along the ramp: ``"arithmetic"``, frequencies, as in the paper;
             ``"harmonic"``, wavelengths, as in PoSE (arXiv:2309.10400).
     """
 
@@ -38,10 +39,12 @@ class NTKByParts(Stretched):
     def __post_init__(self) -> None:
         """Check the knobs."""
         super().__post_init__()
-        require_real(self, "beta_fast", above=0.0)
-        require_real(self, "beta_slow", above=0.0)
-        require_choice(self, "ramp", ("index", "rotation"))
-        require_choice(self, "blend", ("arithmetic", "harmonic"))
+        store_number(self, "beta_fast", above=0.0)
+        store_number(self, "beta_slow", above=0.0)
+        name, error = self.name, MethodParameterError
+        require_bool(f"{name}: truncate", self.truncate, error)
+        require_choice(f"{name}: ramp", self.ramp, ("index", "rotation"), error)
+        require_choice(f"{name}: blend", self.blend, ("arithmetic", "harmonic"), error)
         if self.beta_fast < self.beta_slow or (
             self.ramp == "rotation" and self.beta_fast == self.beta_slow
         ):
@@ -59,7 +62,7 @@ class NTKByParts(Stretched):
         return FrequencyPlan(trained / scale * slowed + trained * (1 - slowed))
 
     def slowed_share(self, geometry: RopeGeometry) -> Tensor:
-        """Return per pair how much of it is interpolated, 0 to 1, float64, ``(pairs,)``."""
+        """Return how far each pair is interpolated, 0 to 1, float64, ``(pairs,)``."""
         if self.ramp == "rotation":
             turns = geometry.rotations()
             return torch.clamp(
@@ -69,17 +72,17 @@ class NTKByParts(Stretched):
         return torch.clamp((geometry.index() - low) / (high - low), 0.0, 1.0)
 
     def correction_range(self, geometry: RopeGeometry) -> tuple[float, float]:
-        """Return the pair index where the index ramp starts, and where it ends."""
+        """Return the pair indices at which the index ramp starts and ends."""
         low = correction_pair(geometry, self.beta_fast)
         high = correction_pair(geometry, self.beta_slow)
         if self.truncate:
             low, high = math.floor(low), math.ceil(high)
         low, high = max(low, 0), min(high, geometry.rotary_dim - 1)
-        # an empty range is a step, as in the authors' code
+        # as in the authors' code, where an empty range makes the ramp a step
         return low, high + 0.001 if low == high else high
 
     def rope_parameters(self, geometry: RopeGeometry) -> dict[str, Any] | None:
-        """Return ``yarn`` without its temperature, or ``llama3``, which is the rotation ramp."""
+        """Return ``yarn`` without its temperature; for the rotation ramp, ``llama3``."""
         if self.factor == 1.0:
             return {"rope_type": "default"}
         if self.blend != "arithmetic":
@@ -91,9 +94,9 @@ class NTKByParts(Stretched):
     def yarn_parameters(
         self, geometry: RopeGeometry, *, attention_factor: float
     ) -> dict[str, Any] | None:
-        """Return the keys of transformers' ``yarn`` type, None where they would not load clean."""
+        """Return the keys of transformers' ``yarn`` type; None if it would warn about them."""
         trained = geometry.original_max_position_embeddings
-        # transformers warns unless the factor is exactly this ratio of two integers
+        # transformers warns unless the factor is exactly the ratio of two integer lengths
         if round(self.factor * trained) / trained != self.factor:
             return None
         parameters = {
@@ -108,7 +111,7 @@ class NTKByParts(Stretched):
 
 
 def correction_pair(geometry: RopeGeometry, rotations: float) -> float:
-    """Return the (fractional) index of the pair that made ``rotations`` turns in training."""
+    """Return the fractional index of the pair with ``rotations`` in the trained length."""
     length = geometry.original_max_position_embeddings
     return (
         geometry.rotary_dim

@@ -1,13 +1,13 @@
-"""NTK-RoPE-fixed: as NTK-aware, with a slowdown that starts at the first pair."""
+"""NTK-RoPE-fixed: NTK-aware scaling that also slows the first pair."""
 
 from dataclasses import dataclass
 
 from hf_rope_ext.geometry import FrequencyPlan, RopeGeometry, Scale
-from hf_rope_ext.methods.method import Stretched
+from hf_rope_ext.methods.method import Scaling
 
 
 @dataclass(frozen=True)
-class NTKFixed(Stretched):
+class NTKFixed(Scaling):
     """NTK-RoPE-fixed (Su, 2023, kexue.fm/archives/9706).
 
     ::
@@ -21,6 +21,6 @@ class NTKFixed(Stretched):
     name = "ntk_fixed"
 
     def stretch(self, geometry: RopeGeometry, scale: Scale) -> FrequencyPlan:
-        """Return the slowed frequencies."""
+        """Return the scaled frequencies."""
         exponents = geometry.exponents() + 2 / geometry.rotary_dim
         return FrequencyPlan(geometry.inv_freq() * scale**-exponents)

@@ -1,4 +1,4 @@
-"""A method of its own for each position axis of M-RoPE."""
+"""A separate method for each position axis of M-RoPE."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -14,15 +14,15 @@ from hf_rope_ext.methods.none import NoScaling
 
 @dataclass(frozen=True)
 class PerAxis(Method):
-    """Another method for the pairs of each position axis, so that time is not tied to space.
+    """A separate method for the pairs of each position axis, such as time and space.
 
-    In M-RoPE (Qwen2-VL, arXiv:2409.12191, sec. 2.1) each pair turns by one axis of the position.
-    Each axis's pairs take the frequencies that its method plans for the whole head. A temperature
-    concerns the logit, to which all pairs add up: cos and sin are multiplied by the largest.
+    In M-RoPE (Qwen2-VL, arXiv:2409.12191, sec. 2.1) one axis of the position rotates each pair. The
+    pairs of an axis take the frequencies that its method plans for the whole head. A temperature
+    acts on the logit, to which all pairs contribute: the largest one multiplies all cos and sin.
 
     Args:
-        methods: Methods by name of the axis, in a mapping or in pairs; the pairs of an axis that is
-            not named turn as in training.
+        methods: Methods by axis name, as a mapping or as pairs; pairs of other axes keep their
+            trained frequencies.
     """
 
     name = "per_axis"
@@ -30,7 +30,7 @@ class PerAxis(Method):
     methods: tuple[tuple[str, Method], ...]
 
     def __post_init__(self) -> None:
-        """Check the methods, and keep them in a form that cannot change."""
+        """Check the methods, and store them immutably."""
         if isinstance(self.methods, Mapping):
             object.__setattr__(self, "methods", tuple(self.methods.items()))
         if not self.methods:
@@ -48,15 +48,15 @@ class PerAxis(Method):
         return any(method.length_dependent for _, method in self.methods)
 
     def plan(self, geometry: RopeGeometry) -> FrequencyPlan:
-        """Return each axis's plan for its pairs.
+        """Return the plan, made of those of each axis.
 
         Raises:
-            MethodParameterError: If positions have one axis.
+            MethodParameterError: If positions have a single axis.
         """
         return self._join(geometry, lambda method: method.plan(geometry))
 
     def plan_at(self, geometry: RopeGeometry, length: Tensor) -> FrequencyPlan:
-        """Return each axis's plan for requests that long, over all axes."""
+        """Return the plan for requests of given lengths, measured over all axes."""
         return self._join(
             geometry,
             lambda method: (
@@ -67,29 +67,30 @@ class PerAxis(Method):
         )
 
     def freeze(self, geometry: RopeGeometry, length: int) -> Method:
-        """Return the same over frozen methods."""
-        return PerAxis(tuple((axis, one.freeze(geometry, length)) for axis, one in self.methods))
+        """Return the frozen methods, by axis."""
+        frozen = ((axis, method.freeze(geometry, length)) for axis, method in self.methods)
+        return PerAxis(tuple(frozen))
 
     def target_length(self, geometry: RopeGeometry) -> int | None:
-        """Return the longest target of any axis."""
+        """Return the longest target length of any axis."""
         targets = [method.target_length(geometry) for _, method in self.methods]
         return max((target for target in targets if target is not None), default=None)
 
     def for_axes(self, geometry: RopeGeometry) -> Method:
-        """Return the one method of all the axes there are, or itself where they differ.
+        """Return the common method if all axes of a model have the same one, otherwise itself.
 
         Raises:
-            MethodParameterError: If positions have one axis, or none of a name.
+            MethodParameterError: If positions have a single axis, or lack a named one.
         """
         _require_axes(self, geometry)
-        own, known = dict(self.methods), dict.fromkeys(geometry.axes or ())
-        for axis in own:
+        by_axis, known = dict(self.methods), dict.fromkeys(geometry.axes or ())
+        for axis in by_axis:
             if axis not in known:
                 raise MethodParameterError(
                     f"there is no axis {axis!r}; the pairs of this model turn by "
                     f"{', '.join(map(repr, known))}."
                 )
-        used = {own.get(axis, NoScaling()) for axis in known}
+        used = {by_axis.get(axis, NoScaling()) for axis in known}
         return used.pop() if len(used) == 1 else self
 
     def _join(
@@ -97,9 +98,9 @@ class PerAxis(Method):
     ) -> FrequencyPlan:
         _require_axes(self, geometry)
         assert geometry.axes is not None  # checked above
-        own = dict(self.methods)
+        by_axis = dict(self.methods)
         names = sorted(set(geometry.axes))
-        plans = [planned(own.get(name, NoScaling())) for name in names]
+        plans = [planned(by_axis.get(name, NoScaling())) for name in names]
         inv_freq = plans[0].inv_freq
         scaling: Scale = plans[0].attention_scaling
         for name, plan in zip(names[1:], plans[1:], strict=True):
@@ -114,12 +115,12 @@ def _require_axes(method: PerAxis, geometry: RopeGeometry) -> None:
     if geometry.axes is None:
         raise MethodParameterError(
             f"values by axis ({', '.join(repr(axis) for axis, _ in method.methods)}) are for "
-            f"models whose pairs each turn by one of several position axes (M-RoPE), as the pairs "
-            f"of this one do not; give one method and one value of each knob."
+            f"models whose pairs each turn by one of several position axes (M-RoPE), which this "
+            f"one's do not; give one method, and one value per knob."
         )
 
 
-def _larger(one: Scale, other: Scale) -> Scale:
-    if isinstance(one, Tensor):
-        return torch.maximum(one, other) if isinstance(other, Tensor) else one.clamp(min=other)
-    return other.clamp(min=one) if isinstance(other, Tensor) else max(one, other)
+def _larger(left: Scale, right: Scale) -> Scale:
+    if isinstance(left, Tensor):
+        return torch.maximum(left, right) if isinstance(right, Tensor) else left.clamp(min=right)
+    return right.clamp(min=left) if isinstance(right, Tensor) else max(left, right)

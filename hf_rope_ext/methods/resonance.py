@@ -1,4 +1,4 @@
-"""Resonance: whole-numbered wavelengths, so that trained angles recur exactly."""
+"""Resonance: integer wavelengths, so that angles seen in training recur exactly."""
 
 import math
 from dataclasses import dataclass, field
@@ -15,11 +15,11 @@ from hf_rope_ext.methods.none import NoScaling
 class Resonance(Modifier):
     """Resonance RoPE (Wang et al., 2024, arXiv:2403.00071).
 
-    A pair whose wavelength, after ``method``, fits into the trained length gets the nearest whole
-    number of positions as wavelength; the others are left alone.
+    Wavelengths up to the trained length, after ``method``, are rounded to whole positions; longer
+    ones are unchanged.
 
     Args:
-        method: The method whose plan is rounded.
+        method: The method whose wavelengths are rounded.
     """
 
     name = "resonance"

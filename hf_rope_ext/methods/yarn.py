@@ -1,4 +1,4 @@
-"""YaRN: NTK-by-parts frequencies and a temperature for attention."""
+"""YaRN: NTK-by-parts frequencies and an attention temperature."""
 
 import math
 from dataclasses import dataclass, replace
@@ -8,7 +8,7 @@ import torch
 
 from hf_rope_ext.errors import MethodParameterError
 from hf_rope_ext.geometry import FrequencyPlan, RopeGeometry, Scale
-from hf_rope_ext.methods.method import require_real
+from hf_rope_ext.methods.method import store_number
 from hf_rope_ext.methods.ntk_by_parts import NTKByParts
 
 
@@ -16,17 +16,17 @@ from hf_rope_ext.methods.ntk_by_parts import NTKByParts
 class Yarn(NTKByParts):
     """YaRN (Peng et al., 2023, arXiv:2309.00071, sec. 3.4), with transformers' defaults.
 
-    Cos and sin are multiplied by ``0.1 * ln(factor) + 1``, so attention logits by its square.
+    Cos and sin are multiplied by ``0.1 * ln(factor) + 1``, hence attention logits by its square.
 
     Args:
         factor: Target length over trained length, at least 1.
         beta_fast: See `NTKByParts`, as for the four knobs that follow it there.
-        attention_factor: What cos and sin are multiplied by, instead of the formula.
+        attention_factor: Multiplier of cos and sin, in place of the formula.
         mscale: With ``mscale_all_dim``, cos and sin are multiplied by ``m(mscale) /
             m(mscale_all_dim)``, where ``m(k) = k * 0.1 * ln(factor) + 1`` (DeepSeek).
-        mscale_all_dim: In families with multi-head latent attention the softmax scale is also
+        mscale_all_dim: In families with multi-head latent attention, the softmax scale is also
             multiplied by ``m(mscale_all_dim) ** 2``.
-        temperature_coefficient: The 0.1 of the formulas.
+        temperature_coefficient: The 0.1 of these formulas.
     """
 
     name = "yarn"
@@ -39,10 +39,9 @@ class Yarn(NTKByParts):
     def __post_init__(self) -> None:
         """Check the knobs."""
         super().__post_init__()
-        require_real(self, "temperature_coefficient", minimum=0.0)
+        store_number(self, "temperature_coefficient", least=0.0)
         for knob in ("attention_factor", "mscale", "mscale_all_dim"):
-            if getattr(self, knob) is not None:
-                require_real(self, knob, above=0.0)
+            store_number(self, knob, optional=True, above=0.0)
         if (self.mscale is None) != (self.mscale_all_dim is None):
             raise MethodParameterError(
                 f"{self.name}: mscale and mscale_all_dim only work together, got {self.mscale!r} "
@@ -50,7 +49,7 @@ class Yarn(NTKByParts):
             )
 
     def stretch(self, geometry: RopeGeometry, scale: Scale) -> FrequencyPlan:
-        """Return the blended frequencies with the temperature of ``scale``."""
+        """Return the blended frequencies, with the temperature at ``scale``."""
         plan = super().stretch(geometry, scale)
         softmax_scaling = 1.0
         if self.mscale_all_dim is not None:
@@ -60,7 +59,7 @@ class Yarn(NTKByParts):
         )
 
     def temperature(self, scale: Scale) -> Scale:
-        """Return what cos and sin are multiplied by at ``scale``."""
+        """Return the multiplier of cos and sin at ``scale``."""
         if self.attention_factor is not None:
             return self.attention_factor
         if self.mscale is not None and self.mscale_all_dim is not None:
@@ -73,7 +72,7 @@ class Yarn(NTKByParts):
         return weight * self.temperature_coefficient * log_scale + 1.0
 
     def rope_parameters(self, geometry: RopeGeometry) -> dict[str, Any] | None:
-        """Return transformers' ``yarn`` type; None for the ramps and blends it lacks."""
+        """Return transformers' ``yarn`` type; None for ramps and blends that it lacks."""
         temperature = self.temperature(self.factor)
         if self.factor == 1.0 and temperature == 1.0:
             return {"rope_type": "default"}

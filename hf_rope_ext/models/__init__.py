@@ -1,1 +1,1 @@
-"""What this package knows of transformers and its models."""
+"""What this package knows about transformers and its models."""

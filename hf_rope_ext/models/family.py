@@ -1,4 +1,4 @@
-"""What a model family does differently from the general rule."""
+"""How a model family deviates from the general rule."""
 
 import importlib
 from collections.abc import Callable
@@ -13,47 +13,46 @@ from hf_rope_ext.geometry import RopeGeometry
 from hf_rope_ext.methods import Method
 
 Config = Any
-
 """A transformers config; the library ships no usable types."""
 
 
 @dataclass(frozen=True)
 class Family:
-    """What one model family does differently from the general rule; the defaults are the rule.
+    """How a model family deviates from the general rule, which the defaults describe.
 
     Args:
-        model_types: ``model_type`` of the configs this is true of, text configs or whole ones.
-        text_configs: Dotted paths from the whole config to the configs of its text towers, where
-            ``get_text_config()`` does not find them all.
-        table: Name of the attribute that holds a table of sin and cos in place of a rotary module.
-        base: The base of the frequencies, where the config does not hold it.
-        unscaled: Last part of the path of rotary modules that are unscaled by design.
-        windowed: Labels of rotary parameters that serve only layers with a bounded window, where
-            the label itself does not say so.
-        axes: Names of the rows of M-RoPE's positions; time, height and width when not given. Of a
-            vision tower, of a patch's coordinates; height and width when not given.
-        next_text: Where the model places text behind an image or a video; see `VisualPositions`.
-            None where it follows none of those rules.
-        frames_apart: Whether videos are cut into single frames with text between them, so that the
-            positions of a block do not differ in time.
+        model_types: ``model_type`` of the configs concerned, text configs or whole ones.
+        text_configs: Dotted paths from the whole config to those of its text towers, where
+            ``get_text_config()`` does not find all of them.
+        table: Name of the attribute that holds a sin/cos table instead of a rotary module.
+        base: The base of the frequencies, where the config lacks it.
+        unscaled: Names of rotary modules (last part of the path) that are never scaled.
+        windowed: Labels of rotary parameters used only by layers with a bounded attention window,
+            where the label does not show it.
+        axes: Names of the rows of M-RoPE positions, by default time, height and width; in a vision
+            tower, of the coordinates of a patch, by default height and width.
+        next_text: Where the model resumes text after an image or a video, see `VisualPositions`;
+            None if it follows none of those rules.
+        frames_apart: Whether videos are split into single frames with text between them, so that
+            time is constant within a block of visual tokens.
         pair_order: From the config to the order in which the family stores its pairs.
-        reads_config: Whether the rotary module computes its frequencies in every forward.
-        norm_after_rope: Whether queries and keys are normalised after rotation, so that
-            ``attention_scaling`` cancels out.
-        softmax_mscale: Whether the attention multiplies its softmax scale for ``mscale_all_dim``.
-        fixed_theta: Whether ``rope_theta`` must stay as it is: layers that are not extended compute
-            with it too, or none does because the bases stand elsewhere.
-        stock_types: The ``rope_type`` values the family's stock code computes with the same pairs
-            as the trained model; None for all.
-        sized_by_length: Whether ``max_position_embeddings`` is the size of a weight, so that it
-            must not change.
-        keeps: Keys of the scaled ``rope_parameters`` that the family's forward reads.
-        length_dependent: Why length-dependent methods cannot be served; None where they can.
-        probe: From a model of the family to arguments for running it on two positions, where
-            tokens alone do not run it.
-        refused: Why the family cannot be served; None where it can.
-        advice: From method and geometry to what the vendor says about it, if anything.
-        row_ends: Whether each row of an image ends in a token, and an image in two more.
+        reads_config: Whether the rotary module recomputes its frequencies in every forward pass.
+        norm_after_rope: Whether queries and keys are normalised after rotation, which cancels
+            ``attention_scaling``.
+        softmax_mscale: Whether ``mscale_all_dim`` multiplies the attention's softmax scale.
+        fixed_theta: Whether ``rope_theta`` must not change: because layers that are not extended
+            use it too, or because the bases are stored elsewhere.
+        stock_types: The ``rope_type`` values for which the family's stock code rotates the same
+            pairs as the trained model; None for all.
+        sized_by_length: Whether ``max_position_embeddings`` is the size of a weight, and so must
+            not change.
+        keeps: Keys of scaled ``rope_parameters`` that the family's forward pass reads.
+        length_dependent: Why length-dependent methods are not supported; None if they are.
+        probe: From a model of the family to arguments for a run on two positions, where tokens
+            alone do not suffice.
+        refused: Why the family is not supported; None if it is.
+        advice: From method and geometry to the vendor's advice, if any.
+        row_ends: Whether a token ends each row of an image, and two more delimit the image.
     """
 
     model_types: tuple[str, ...]
@@ -81,10 +80,10 @@ class Family:
 
 
 def text_configs(config: Config) -> list[Config]:
-    """Return the configs of the text towers of a whole config.
+    """Return the configs of the text towers inside a whole config.
 
     Raises:
-        UnsupportedModelError: If it has several and none is known to be the one.
+        UnsupportedModelError: If there are several and none is known to be the one.
     """
     paths = family_of(config).text_configs
     if paths:
@@ -93,21 +92,22 @@ def text_configs(config: Config) -> list[Config]:
         return [config.get_text_config()]
     except ValueError as error:
         raise UnsupportedModelError(
-            f"model_type={config.model_type!r} has several text configs: {error}"
+            f"model_type={config.model_type!r} has several text configs and none is known to be "
+            f"the one to extend; name it in hf_rope_ext.patches. ({error})"
         ) from error
 
 
 def family_of(config: Config) -> Family:
-    """Return what is special about a config's ``model_type``; the general rule if nothing is."""
+    """Return the family of a config's ``model_type``; the general rule for any other."""
     model_type = getattr(config, "model_type", "")
     return _families().get(model_type) or Family(model_types=(model_type,))
 
 
 def setting(config: Config, name: str, default: Any = None) -> Any:
-    """Return an attribute of a config, or the default where it is not there or not one value."""
+    """Return an attribute of a config, or the default if it is missing or differs by layer."""
     try:
         return getattr(config, name, default)
-    except RuntimeError:  # transformers refuses to read a value that differs between layers
+    except RuntimeError:  # raised by transformers where the value differs between layers
         return default
 
 
@@ -119,6 +119,6 @@ def _follow(config: Config, path: str) -> Config:
 
 @cache
 def _families() -> dict[str, Family]:
-    # by name, so that this module does not depend on any family
+    # imported by name, so that this module does not depend on the families
     patches = importlib.import_module("hf_rope_ext.patches")
     return {model_type: family for family in patches.FAMILIES for model_type in family.model_types}

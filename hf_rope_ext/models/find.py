@@ -1,4 +1,4 @@
-"""Where a model's rotary embeddings are."""
+"""Locate the rotary embeddings of a model."""
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
@@ -13,15 +13,15 @@ from hf_rope_ext.models.family import Config, Family, family_of, text_configs
 
 @dataclass(frozen=True, eq=False)
 class Rotary:
-    """A rotary module, or a table in its place, as it hangs in a model.
+    """A rotary module, or the table in its place, and its place in the model.
 
     Args:
         path: Dotted path from the model passed in.
-        parent: The module it hangs in.
-        name: Under which name.
-        original: The module, or the table.
-        config: The config of the tower it belongs to.
-        family: What the family does differently.
+        parent: The module that holds it.
+        name: Its attribute name there.
+        original: The module or the table.
+        config: The config of its tower.
+        family: How the family deviates from the general rule.
     """
 
     path: str
@@ -33,12 +33,12 @@ class Rotary:
 
     @property
     def own_config(self) -> Config:
-        """The config the module itself reads, which can have another base than its tower's."""
+        """The config that the module itself reads; its base can differ from that of the tower."""
         return getattr(self.original, "config", self.config)
 
     @property
     def labels(self) -> tuple[str | None, ...]:
-        """The layer types it serves, ``(None,)`` where it does not distinguish."""
+        """The layer types it serves; ``(None,)`` if it does not distinguish any."""
         if isinstance(self.original, Tensor) or not hasattr(self.original, "rope_type"):
             return (None,)
         if hasattr(self.original, "inv_freq"):
@@ -48,12 +48,12 @@ class Rotary:
         return tuple(name.removesuffix(suffix) for name in buffers if name.endswith(suffix))
 
     def parameters(self, label: str | None) -> dict[str, Any]:
-        """Return the ``rope_parameters`` of one label; empty where the config has none."""
+        """Return the ``rope_parameters`` of a label; empty if the config has none."""
         parameters = getattr(self.own_config, "rope_parameters", None) or {}
         return (parameters if label is None else parameters.get(label)) or {}
 
     def live(self, label: str | None) -> Tensor:
-        """Return the frequencies in force, float32."""
+        """Return the frequencies in use, float32."""
         if isinstance(self.original, Tensor):
             return table_frequencies(self.original)
         if isinstance(self.original, nn.Embedding):
@@ -62,7 +62,7 @@ class Rotary:
         return getattr(self.original, name)  # type: ignore[no-any-return]
 
     def scaling(self, label: str | None) -> float:
-        """Return what cos and sin are multiplied by."""
+        """Return the multiplier of cos and sin."""
         name = "attention_scaling" if label is None else f"{label}_attention_scaling"
         return float(getattr(self.original, name, 1.0))
 
@@ -71,7 +71,7 @@ def find_rotaries(model: nn.Module) -> list[Rotary]:
     """Return the stock rotary modules of the text model inside ``model``.
 
     Raises:
-        UnsupportedModelError: If there is none, or ``model`` holds no transformers model.
+        UnsupportedModelError: If there are none, or ``model`` contains no transformers model.
     """
     root = _root(model)
     whole = family_of(root.config)
@@ -83,7 +83,7 @@ def find_rotaries(model: nn.Module) -> list[Rotary]:
     configs = text_configs(root.config)
     rotaries = []
     for rotary in _all_rotaries(model):
-        # a tower can have the text config without being the text model, or the other way round
+        # either config can be the text config: that of the module, or that of the tower
         for config in (rotary.own_config, rotary.config):
             if any(config is known for known in configs):
                 family = family_of(config)
@@ -100,7 +100,7 @@ def find_towers(model: nn.Module) -> list[Rotary]:
     """Return the stock axial rotary modules of the vision towers inside ``model``.
 
     Raises:
-        UnsupportedModelError: If there is none, or ``model`` holds no transformers model.
+        UnsupportedModelError: If there are none, or ``model`` contains no transformers model.
     """
     root = _root(model)
     towers = []
@@ -115,18 +115,18 @@ def find_towers(model: nn.Module) -> list[Rotary]:
 
 
 def table_frequencies(table: Tensor) -> Tensor:
-    """Return the frequencies a table of sin and cos was made with, ``(pairs,)``.
+    """Recover the frequencies of a sin/cos table, ``(pairs,)``.
 
-    Row 1 is position 1, so its sines and cosines give each pair's angle per position.
+    Row 1 is position 1, so its sines and cosines give the angle of each pair per position.
     """
     sin, cos = table[1].float().chunk(2)
     return torch.atan2(sin, cos)
 
 
 def owned_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module, Config]]:
-    """Yield every module with its path and the config of the nearest transformers model around it.
+    """Yield every module with its path and the config of the nearest enclosing transformers model.
 
-    That config tells the towers of a composite model apart. Modules outside of any are left out.
+    The config tells the towers of a composite model apart. Modules outside any are skipped.
     """
     from transformers import PreTrainedModel
 
@@ -139,12 +139,12 @@ def owned_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module, Config]]:
 
 
 def innermost_models(model: nn.Module, rotaries: Iterable[str]) -> list[list[nn.Module]]:
-    """Return, for each innermost transformers model with rotary embeddings, it and those around.
+    """Return the innermost models with rotary embeddings, each followed by its enclosing models.
 
-    Those around are for an inner model that does not run on tokens alone, such as a decoder.
+    The enclosing ones serve where an inner model, such as a decoder, cannot run on tokens alone.
 
     Args:
-        model: The model the paths start from.
+        model: The model that paths are relative to.
         rotaries: Paths of rotary embeddings.
     """
     from transformers import PreTrainedModel
@@ -152,15 +152,15 @@ def innermost_models(model: nn.Module, rotaries: Iterable[str]) -> list[list[nn.
     around = {
         path: part for path, part, _ in owned_modules(model) if isinstance(part, PreTrainedModel)
     }
-    found: dict[int, list[nn.Module]] = {}
+    chains: dict[int, list[nn.Module]] = {}
     for path in rotaries:
-        holders = [
+        chain = [
             part
             for outer, part in around.items()
             if f"{path}.".startswith(f"{outer}.") or not outer
         ]
-        found[id(holders[-1])] = holders[::-1]
-    return list(found.values())
+        chains[id(chain[-1])] = chain[::-1]
+    return list(chains.values())
 
 
 def _root(model: nn.Module) -> Any:
@@ -169,19 +169,19 @@ def _root(model: nn.Module) -> Any:
 
     if not isinstance(model, nn.Module):
         raise UnsupportedModelError(
-            f"a model is a torch.nn.Module that holds a transformers model, got {model!r}."
+            f"a model is a torch.nn.Module around a transformers model, got {model!r}."
         )
     root = next((part for part in model.modules() if isinstance(part, PreTrainedModel)), None)
     if root is None:
         raise UnsupportedModelError(
-            f"{type(model).__name__} holds no transformers model, so there is no config to read "
-            f"its RoPE from; nothing was changed."
+            f"{type(model).__name__} holds no transformers model, hence no config that describes "
+            f"its RoPE; nothing was changed."
         )
     return root
 
 
 def _all_rotaries(model: nn.Module) -> Iterator[Rotary]:
-    """Yield every rotary module and table under ``model``, whatever tower it belongs to."""
+    """Yield every rotary module and table inside ``model``, of any tower."""
     for path, module, config in owned_modules(model):
         family = family_of(config)
         parent, _, name = path.rpartition(".")
@@ -213,25 +213,26 @@ def _no_rotary(root: nn.Module, configs: list[Config]) -> str:
     return (
         f"no rotary embedding in the text model of {type(root).__name__} "
         f"(model_type={model_type!r}); nothing was changed. Position modules found: "
-        f"{', '.join(positional[:4]) or 'none'}. If it does rotate queries and keys, describe the "
-        f"family in hf_rope_ext.patches."
+        f"{', '.join(positional[:4]) or 'none'}. If the model does rotate queries and keys, "
+        f"describe its family in hf_rope_ext.patches."
     )
 
 
 def _no_tower(model: nn.Module, root: Any) -> str:
     texts = [root.config.get_text_config()] if hasattr(root.config, "get_text_config") else []
-    found: dict[str, list[str]] = {}
+    positional: dict[str, list[str]] = {}
     for path, module, config in owned_modules(model):
         if config is root.config or any(config is text for text in texts):
             continue
-        own = found.setdefault(config.model_type, [])
+        names = positional.setdefault(config.model_type, [])
         if "position" in path.rpartition(".")[2].lower() or "Rotary" in type(module).__name__:
-            own.append(f"{path} ({type(module).__name__})")
-        own += [
+            names.append(f"{path} ({type(module).__name__})")
+        names += [
             f"{path}.{name}" for name in module._parameters if "position" in name or "pos_" in name
         ]
     towers = "; ".join(
-        f"{model_type}: {', '.join(own[:3]) or 'no positions'}" for model_type, own in found.items()
+        f"{model_type}: {', '.join(names[:3]) or 'no positions'}"
+        for model_type, names in positional.items()
     )
     return (
         f"no axial rotary embedding in a vision tower of {type(root).__name__} "

@@ -1,9 +1,9 @@
-"""Write a patch down so that other tools load it.
+"""Translate a patch into ``config.rope_parameters``, so that other tools load it.
 
-In a config the scaling lives in ``rope_parameters``. A method that transformers knows goes out
-under its ``rope_type``; any other static set of frequencies goes out through ``longrope``, whose
-lists divide the trained frequencies pair by pair. What has no such form keeps its own name as
-``rope_type``: a stock reader then stops instead of running an unscaled model.
+A method that transformers knows is saved under its ``rope_type``, and any other static method as
+``longrope``, whose lists divide the trained frequencies pair by pair. A method that has neither
+form keeps its own name as ``rope_type``, so that stock tools stop instead of running an unscaled
+model.
 """
 
 import copy
@@ -44,10 +44,10 @@ SCALING_KEYS = frozenset(
         "type",
     }
 )
-"""Keys of ``rope_parameters`` that say how it is scaled; the others say what was trained."""
+"""Keys of ``rope_parameters`` that describe the scaling; the others describe the training."""
 
 REST = 1e30
-"""The slowdown that stands for a pair at rest: its frequency is then 0 for every position."""
+"""The slowdown that stands for frequency 0."""
 
 
 def config_changes(
@@ -103,21 +103,21 @@ def rope_parameters_for(
     beside: Mapping[str, Any],
     has_stock_form: bool = True,
 ) -> dict[str, Any]:
-    """Return the attributes of a patched config that say how it is scaled.
+    """Return the config attributes that describe the scaling of a patched model.
 
     Args:
-        sites: All patched sites of one config.
-        method: What extends them.
+        sites: All patched sites of a config.
+        method: The method that extends them.
         temperature: ``"rotation"`` or ``"logits"``.
         beside: Other new attributes of the config.
-        has_stock_form: Whether stock code turns the same pairs at the same positions.
+        has_stock_form: Whether stock code rotates the same pairs at the same positions.
     """
     if has_stock_form:
         with suppress(ExportError):
             return stock_attributes(sites, method, temperature, beside)
     unscaled = {site.label: unscaled_parameters(site) for site in sites}
     unread = f"{RECORD}.{method_record(method)['name']}"
-    loud = {label: {**own, "rope_type": unread} for label, own in unscaled.items()}
+    loud = {label: {**parameters, "rope_type": unread} for label, parameters in unscaled.items()}
     attributes = {"rope_parameters": _nested(sites, loud)}
     if _reads(sites[0].config, {**beside, **attributes}):
         return attributes
@@ -130,16 +130,16 @@ def stock_attributes(
     temperature: str = "rotation",
     beside: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """Return the config attributes with which stock transformers computes what the patch does.
+    """Return the config attributes that make stock transformers equivalent to the patch.
 
     Args:
-        sites: All patched sites of one config.
-        method: What extends them.
+        sites: All patched sites of a config.
+        method: The method that extends them.
         temperature: ``"rotation"`` or ``"logits"``.
         beside: Other new attributes of the config.
 
     Returns:
-        ``rope_parameters``, and what stock code reads beside them.
+        ``rope_parameters``, and what stock code reads alongside them.
 
     Raises:
         ExportError: If there are none.
@@ -147,13 +147,13 @@ def stock_attributes(
     config = sites[0].config
     if not setting(config, "rope_parameters"):
         raise ExportError(
-            f"model_type={config.model_type!r} has no rope_parameters in its config; load the "
+            f"the config of model_type={config.model_type!r} has no rope_parameters; load the "
             f"model with hf_rope_ext.load_pretrained."
         )
     choices: dict[str | None, list[dict[str, Any]]] = {}
     for site in sites:
-        own = _choices(site, method, temperature)
-        choices[site.label] = [one for one in choices.get(site.label, own) if one in own]
+        forms = _choices(site, method, temperature)
+        choices[site.label] = [form for form in choices.get(site.label, forms) if form in forms]
     attributes: dict[str, Any] = {}
     parameters: dict[str | None, dict[str, Any]] = {}
     for label, forms in choices.items():
@@ -172,17 +172,18 @@ def stock_attributes(
 
 
 def _choices(site: RopeSite, method: Method, temperature: str) -> list[dict[str, Any]]:
-    """Return the forms of ``rope_parameters`` that mean what is patched in, the best first.
+    """Return the equivalent forms of ``rope_parameters``, the preferred one first.
 
     Raises:
-        ExportError: If the method follows the request, or its temperature has no key.
+        ExportError: If the method is length-dependent without such a form, or no key holds its
+            temperature.
     """
     carried = unscaled_parameters(site)
     geometry, plan = site.geometry, method.plan(site.geometry)
     if temperature == "logits" and plan.attention_scaling != 1.0 and not _reaches_logits(site):
         raise ExportError(
             f"{method.name} with temperature='logits': transformers has no key for it, and in "
-            f"model_type={site.config.model_type!r} attention_factor does not do the same."
+            f"model_type={site.config.model_type!r} attention_factor has another effect."
         )
     native = method.rope_parameters(geometry)
     forms = [native] if native is not None else []
@@ -194,7 +195,7 @@ def _choices(site: RopeSite, method: Method, temperature: str) -> list[dict[str,
             f"length of the request. Export the plan of one length with frozen=LENGTH."
         )
     if geometry.rotated_pairs is not None:
-        forms[-1]["partial_rotary_factor"] = 1.0  # the lists cover the resting pairs too
+        forms[-1]["partial_rotary_factor"] = 1.0  # the lists cover unrotated pairs too
         if native is not None and native["rope_type"] == "linear":
             forms.append({"rope_type": "proportional", "factor": native["factor"]})
     if site.family.reads_config:
@@ -205,13 +206,13 @@ def _choices(site: RopeSite, method: Method, temperature: str) -> list[dict[str,
 def longrope_parameters(
     geometry: RopeGeometry, plan: FrequencyPlan, target_length: int | None
 ) -> dict[str, Any]:
-    """Return any static plan as transformers' ``longrope`` type.
+    """Express any static plan as transformers' ``longrope`` type.
 
-    Both lists are the trained frequencies over the plan's, so it holds at every length.
+    Both lists are the trained frequencies divided by the plan's, so it applies at every length.
     """
     spaced = geometry.base ** -geometry.exponents()
     slowdown = [
-        # 14 digits: what is the same slowdown at another base is then the same number
+        # rounded to 14 digits, so that equal slowdowns at different bases compare equal
         float(f"{trained / planned:.14g}") if planned > 0 else REST
         for trained, planned in zip(spaced, plan.inv_freq, strict=True)
     ]
@@ -227,7 +228,7 @@ def longrope_parameters(
 
 
 def unscaled_parameters(site: RopeSite) -> dict[str, Any]:
-    """Return the site's ``rope_parameters`` without scaling: what was trained, and family keys."""
+    """Return a site's ``rope_parameters`` without scaling, family-specific keys included."""
     found = site.found
     kept = {
         key: value
@@ -246,12 +247,12 @@ def unscaled_parameters(site: RopeSite) -> dict[str, Any]:
 
 def _carry(carried: Mapping[str, Any], native: Mapping[str, Any]) -> dict[str, Any]:
     if native == {"rope_type": "default"}:
-        return dict(carried)  # nothing is scaled: also p-RoPE keeps its type
+        return dict(carried)  # unscaled, so p-RoPE too keeps its type
     return {**carried, **native}
 
 
 def _computes(site: RopeSite, form: Mapping[str, Any]) -> bool:
-    """Return whether the family's stock code computes ``form`` as it is meant."""
+    """Return whether the family's stock code computes what ``form`` means."""
     rope_type = form["rope_type"]
     if form == {"rope_type": "default"}:
         return True
@@ -261,12 +262,12 @@ def _computes(site: RopeSite, form: Mapping[str, Any]) -> bool:
         return False
     if site.label is not None and form.get("truncate", True) is False:
         return False  # transformers reads the key from the outer dict only
-    # the other types start from pairs that all turn
+    # the other types assume that every pair rotates
     return site.geometry.rotated_pairs is None or rope_type in ("longrope", "proportional")
 
 
 def _reads(config: Config, attributes: Mapping[str, Any]) -> bool:
-    """Return whether transformers takes a config with these attributes."""
+    """Return whether transformers accepts a config with these attributes."""
     settings = {**config.to_dict(), **copy.deepcopy(dict(attributes))}
     settings.pop(RECORD, None)
     logger = logging.getLogger("transformers")
@@ -274,7 +275,7 @@ def _reads(config: Config, attributes: Mapping[str, Any]) -> bool:
     logger.setLevel(logging.CRITICAL)
     try:
         type(config).from_dict(settings)
-    except Exception:  # validators raise what they like
+    except Exception:  # validators raise various types
         return False
     finally:
         logger.setLevel(level)
@@ -282,7 +283,7 @@ def _reads(config: Config, attributes: Mapping[str, Any]) -> bool:
 
 
 def _reaches_logits(site: RopeSite) -> bool:
-    """Return whether cos and sin scale the whole query and key, up to the logits."""
+    """Return whether the scaling of cos and sin carries over to the logits in full."""
     full = site.geometry.head_dim in (None, site.geometry.rotary_dim)
     return full and not site.family.norm_after_rope
 
@@ -290,7 +291,7 @@ def _reaches_logits(site: RopeSite) -> bool:
 def _nested(
     sites: Sequence[RopeSite], parameters: Mapping[str | None, dict[str, Any]]
 ) -> dict[str, Any]:
-    """Return one config's ``rope_parameters``, with the given labels replaced where nested."""
+    """Return the ``rope_parameters`` of a config, with those of the given labels replaced."""
     if None in parameters:
         return parameters[None]
     return {**sites[0].config.rope_parameters, **parameters}
@@ -299,14 +300,14 @@ def _nested(
 def _needed_beside(
     site: RopeSite, parameters: Mapping[str | None, Mapping[str, Any]]
 ) -> dict[str, Any]:
-    """Return config attributes beside ``rope_parameters`` that stock code reads for them."""
-    types = {own["rope_type"] for own in parameters.values()}
+    """Return the config attributes that stock code reads alongside ``rope_parameters``."""
+    types = {form["rope_type"] for form in parameters.values()}
     attributes: dict[str, Any] = {}
     if types & {"yarn", "dynamic", "longrope"} and setting(site.config, "head_dim", 0) is None:
         # these three types do not derive it from the hidden size
         attributes["head_dim"] = site.geometry.head_dim
     if types - {"default"} and hasattr(site.config, "original_max_position_embeddings"):
-        # where it exists, stock code prefers it to the one in rope_parameters
+        # if present, stock code prefers it to the one in rope_parameters
         attributes["original_max_position_embeddings"] = (
             site.geometry.original_max_position_embeddings
         )

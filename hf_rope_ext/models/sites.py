@@ -1,8 +1,8 @@
-"""What each set of a model's rotary frequencies was trained with.
+"""The trained geometry of each set of rotary frequencies in a model.
 
-The geometry is read from the config, recomputed in float64, and held against two witnesses: the
-family's own default function, and the live buffer. A buffer that does not follow from the config
-(cast, garbage) is rebuilt, never scaled as found.
+It is read from the config, recomputed in float64, and compared with both the family's own default
+function and the live buffer. A buffer that does not follow from the config (cast, uninitialized) is
+rebuilt; it is never scaled as it is.
 """
 
 import math
@@ -21,6 +21,10 @@ from hf_rope_ext.models.find import Rotary, find_rotaries
 EXACT = 1e-5
 """Largest relative error of a float32 buffer that still counts as computed from the config."""
 
+# types whose config records the trained length next to the extended one, or only the latter
+WITH_TRAINED_LENGTH = ("yarn", "llama3", "longrope")
+WITHOUT_TRAINED_LENGTH = ("linear", "ntk_alpha", "proportional (scaled)")
+
 
 @dataclass(frozen=True, eq=False)
 class RopeSite:
@@ -28,13 +32,13 @@ class RopeSite:
 
     Args:
         rotary: The module it belongs to.
-        label: Key of the layer type in nested ``rope_parameters``, None where they are flat.
-        geometry: What was trained.
-        inv_freq: The trained frequencies as the stock model computes with them, float32, on the
-            CPU, in the order the family stores them.
-        found: The scaling in force, as ``rope_parameters``; its ``rope_type`` is ``"default"``
-            where the model is as trained.
-        rebuilt: Why ``inv_freq`` is not the live buffer, None where it is.
+        label: Key of the layer type in nested ``rope_parameters``; None if they are flat.
+        geometry: The trained geometry.
+        inv_freq: The trained frequencies that the stock model uses, float32, on the CPU, in the
+            family's order.
+        found: The scaling in force, as ``rope_parameters``; ``rope_type`` is ``"default"`` if the
+            model is unscaled.
+        rebuilt: Why ``inv_freq`` differs from the live buffer; None if it does not.
     """
 
     rotary: Rotary = field(repr=False)
@@ -51,17 +55,17 @@ class RopeSite:
 
     @property
     def config(self) -> Config:
-        """The config that owns its ``rope_parameters``."""
+        """The config that holds its ``rope_parameters``."""
         return self.rotary.config
 
     @property
     def family(self) -> Family:
-        """What the family does differently."""
+        """How the family deviates from the general rule."""
         return self.rotary.family
 
     @property
     def pair_order(self) -> list[int] | None:
-        """The order in which the family stores its pairs, None for the natural one."""
+        """The order in which the family stores its pairs; None for the natural one."""
         return self.family.pair_order(self.config) if self.family.pair_order else None
 
 
@@ -71,17 +75,17 @@ def read_sites(
     layer_types: tuple[str, ...] | None = None,
     original_max_position_embeddings: int | None = None,
 ) -> list[RopeSite]:
-    """Return every set of rotary frequencies of the text model that an extension concerns.
+    """Return the sets of rotary frequencies of the text model that an extension affects.
 
     Args:
         model: Any module around a transformers model.
-        layer_types: Labels to serve where ``rope_parameters`` are nested. When not given, those
-            whose layers see the whole context: a layer with a bounded window never meets a longer
-            distance than in training.
-        original_max_position_embeddings: The trained length, where the config's is not it.
+        layer_types: Labels to extend where ``rope_parameters`` are nested. By default those whose
+            layers attend to the whole context: layers with a bounded window never meet distances
+            beyond those in training.
+        original_max_position_embeddings: The trained length, where the config is wrong about it.
 
     Raises:
-        RopeError: If the model has no rotary embedding, or its geometry cannot be told for sure.
+        RopeError: If the model has no rotary embedding, or its geometry is ambiguous.
     """
     rotaries = find_rotaries(model)
     labels = [label for rotary in rotaries for label in rotary.labels]
@@ -95,10 +99,10 @@ def read_sites(
 
 
 def axial_site(rotary: Rotary, original_max_position_embeddings: int) -> RopeSite:
-    """Return the frequencies of a vision tower, which all axes of a patch's position share.
+    """Return the frequencies of a vision tower, which its axes share.
 
     Raises:
-        RopeError: If its geometry cannot be told for sure.
+        RopeError: If its geometry is ambiguous.
     """
     live = rotary.live(None)
     with torch.device("cpu"):
@@ -108,12 +112,12 @@ def axial_site(rotary: Rotary, original_max_position_embeddings: int) -> RopeSit
         base=float(rotary.own_config.rope_parameters["rope_theta"]),
         original_max_position_embeddings=original_max_position_embeddings,
     )
-    found = {**rotary.parameters(None), "rope_type": "default"}
-    return _checked(RopeSite(rotary, None, geometry, live, found), live, stock)
+    scaling = {**rotary.parameters(None), "rope_type": "default"}
+    return _verify(RopeSite(rotary, None, geometry, live, scaling), live, stock)
 
 
 def window(config: Config) -> int | None:
-    """Return the bounded attention window some layers have, None where every layer sees all."""
+    """Return the size of the attention window; None if no layer has a bounded one."""
     labels = setting(config, "layer_types") or ()
     size = setting(config, "sliding_window")
     active = setting(config, "use_sliding_window", True) is not False
@@ -131,7 +135,7 @@ def _wanted_labels(
             known = sorted({label for label in labels if label is not None})
             raise RopeError(
                 f"layer_types={layer_types!r}: this model has no rotary parameters for "
-                f"{unknown[0]!r}. It has: {', '.join(known) or 'one set for all its layers'}."
+                f"{unknown[0]!r}. It has: {', '.join(known) or 'one set for all layers'}."
             )
         return set(layer_types)
     windowed = {label for rotary in rotaries for label in rotary.family.windowed}
@@ -144,34 +148,35 @@ def _is_windowed(label: str | None) -> bool:
 
 
 def _read_site(rotary: Rotary, label: str | None, trained_length: int | None) -> RopeSite:
-    """Read the geometry of one label and check it against what the model computes with."""
-    found = _found_scaling(rotary, label)
+    """Read the geometry of a label and compare it with the frequencies of the model."""
+    scaling = _found_scaling(rotary, label)
     config = _label_config(rotary.own_config, label)
     live = rotary.live(label)
     parameters = rotary.parameters(label)
     stock = _stock_frequencies(rotary, label, config)
     if stock is not None and stock.shape != live.shape:
-        stock = None  # some default functions ignore partial_rotary_factor, scaled types never do
+        # some default functions ignore partial_rotary_factor, those of scaled types never do
+        stock = None
     base = parameters.get("rope_theta") or rotary.family.base or setting(config, "rope_theta")
     if base is None:
-        base = _recover_base(live, found, rotary.path)
+        base = _recover_base(live, scaling, rotary.path)
         stock = None
     geometry = RopeGeometry(
         rotary_dim=2 * live.shape[-1],
         base=float(base),
-        original_max_position_embeddings=_trained_length(rotary, found, trained_length),
+        original_max_position_embeddings=_trained_length(rotary, scaling, trained_length),
         head_dim=_head_dim(config),
     )
-    if found["rope_type"] == "proportional":
+    if scaling["rope_type"] == "proportional":
         share = parameters.get("partial_rotary_factor", 1.0)
         geometry = replace(geometry, rotated_pairs=int(share * geometry.rotary_dim // 2))
-        found = {**found, "rope_type": "default"}
-    site = RopeSite(rotary, label, geometry, live, found)
-    return _checked(site, live, stock)
+        scaling = {**scaling, "rope_type": "default"}
+    site = RopeSite(rotary, label, geometry, live, scaling)
+    return _verify(site, live, stock)
 
 
-def _checked(site: RopeSite, live: Tensor, stock: Tensor | None) -> RopeSite:
-    """Return the site with sound float32 frequencies, or raise where its formula is unknown."""
+def _verify(site: RopeSite, live: Tensor, stock: Tensor | None) -> RopeSite:
+    """Return the site with valid float32 frequencies; raise if their formula is unknown."""
     expected = _in_order(site, site.geometry)
     if stock is not None and not _close(stock, expected):
         odd = replace(site.geometry, rotary_dim=site.geometry.rotary_dim - 1)
@@ -191,14 +196,14 @@ def _checked(site: RopeSite, live: Tensor, stock: Tensor | None) -> RopeSite:
 
 
 def _in_order(site: RopeSite, geometry: RopeGeometry) -> Tensor:
-    """Return the trained frequencies, float64, in the order the family stores them."""
+    """Return the trained frequencies, float64, in the family's order."""
     order = site.pair_order
     return geometry.inv_freq() if order is None else geometry.inv_freq()[order]
 
 
-def _close(found: Tensor, expected: Tensor) -> bool:
-    return found.shape == expected.shape and torch.allclose(
-        found.double(), expected, rtol=EXACT, atol=0.0
+def _close(actual: Tensor, expected: Tensor) -> bool:
+    return actual.shape == expected.shape and torch.allclose(
+        actual.double(), expected, rtol=EXACT, atol=0.0
     )
 
 
@@ -206,12 +211,12 @@ def _fault(live: Tensor) -> str:
     if live.dtype != torch.float32:
         return f"it had been cast to {str(live.dtype).removeprefix('torch.')}"
     if not torch.isfinite(live).all() or not live.any():
-        return "it held garbage, as after loading through the meta device"
+        return "it held only zeros or non-finite numbers, as after loading through the meta device"
     return "it did not follow from the config's rope_theta"
 
 
 def _stock_frequencies(rotary: Rotary, label: str | None, config: Config) -> Tensor | None:
-    """Return what the family's own code makes of the unscaled config, on the CPU, float32."""
+    """Return the frequencies of the unscaled config by the family's code, CPU, float32."""
     if rotary.parameters(label).get("rope_theta") is None:
         return None
     if rotary.parameters(label).get("rope_type") == "proportional":
@@ -228,14 +233,14 @@ def _stock_frequencies(rotary: Rotary, label: str | None, config: Config) -> Ten
 
 
 def _found_scaling(rotary: Rotary, label: str | None) -> dict[str, Any]:
-    """Return the scaling in force: the live module's type, with the config's numbers."""
+    """Return the scaling in force: the type of the live module, the numbers of the config."""
     parameters = rotary.parameters(label)
     live_type = getattr(rotary.original, "rope_type", "default")
     if isinstance(live_type, dict):
         live_type = live_type.get(label, "default")
     configured = parameters.get("rope_type") or parameters.get("type") or live_type
     older = parameters.get("type", configured)
-    # "mrope" names the layout and "su" is longrope's first name; both stand beside a rope_type
+    # "mrope" is a layout and "su" an old name of longrope; both occur beside a rope_type
     if older not in (configured, "default", "mrope", "su"):
         raise RopeError(
             f"{rotary.path}: the config's rope_parameters say type={older!r} and "
@@ -250,21 +255,21 @@ def _found_scaling(rotary: Rotary, label: str | None) -> dict[str, Any]:
     return {**parameters, "rope_type": live_type}
 
 
-def _trained_length(rotary: Rotary, found: Mapping[str, Any], given: int | None) -> int:
-    if given is not None:
-        return given
-    config, rope_type = rotary.config, found["rope_type"]
-    now = int(setting(config, "max_position_embeddings") or 0)
-    if rope_type in ("linear", "ntk_alpha", "proportional (scaled)"):
-        return 0  # the config does not say; asked for when it is needed
-    if rope_type in ("yarn", "llama3", "longrope") and not found.get("edited"):
-        length = found.get("original_max_position_embeddings")
+def _trained_length(rotary: Rotary, scaling: Mapping[str, Any], override: int | None) -> int:
+    """Return the trained length; 0 where the config does not tell."""
+    if override is not None:
+        return override
+    config, rope_type = rotary.config, scaling["rope_type"]
+    if rope_type in WITHOUT_TRAINED_LENGTH:
+        return 0
+    if rope_type in WITH_TRAINED_LENGTH and not scaling.get("edited"):
+        length = scaling.get("original_max_position_embeddings")
         return int(length or setting(config, "original_max_position_embeddings") or 0)
-    return now
+    return int(setting(config, "max_position_embeddings") or 0)
 
 
-def _recover_base(live: Tensor, found: Mapping[str, Any], path: str) -> float:
-    """Return the base that an unscaled buffer was made with, where the config has lost it."""
+def _recover_base(live: Tensor, scaling: Mapping[str, Any], path: str) -> float:
+    """Recover the base from an unscaled buffer, where the config lacks it."""
     pairs = live.shape[-1]
     if pairs > 1 and not live.is_meta and torch.isfinite(live).all() and (live > 0).all():
         slowest = float(live[-1])
@@ -275,21 +280,21 @@ def _recover_base(live: Tensor, found: Mapping[str, Any], path: str) -> float:
             ):
                 return candidate
     raise UnsupportedModelError(
-        f"{path}: the config has no rope_theta and the live frequencies do not follow from any one "
+        f"{path}: the config has no rope_theta and the live frequencies follow from no single "
         f"base, so it cannot be recovered; set rope_theta in config.rope_parameters "
-        f"(found {dict(found)!r}). Nothing was changed."
+        f"(found {dict(scaling)!r}). Nothing was changed."
     )
 
 
 def _label_config(config: Config, label: str | None) -> Config:
-    """Return the config of one layer type, where layers have configs of their own."""
+    """Return the config of a layer type, where layers have separate configs."""
     if label is not None and setting(config, "is_heterogeneous", False):
         return config.per_layer_config[label]
     return config
 
 
 def _head_dim(config: Config) -> int | None:
-    """Return the width of a query head, rotated or not."""
+    """Return the width of a query head, rotated dimensions or not."""
     nope, rope = (setting(config, f"qk_{part}_head_dim") for part in ("nope", "rope"))
     if nope and rope:
         return int(nope + rope)

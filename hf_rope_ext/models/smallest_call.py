@@ -1,4 +1,4 @@
-"""The smallest arguments a model can be run with."""
+"""The smallest inputs that a model runs on."""
 
 import inspect
 from typing import Any
@@ -10,7 +10,7 @@ from hf_rope_ext.models.family import family_of
 
 
 def arguments_for(runner: nn.Module, device: torch.device) -> list[dict[str, Any]]:
-    """Return inputs of a few positions, in the forms to try."""
+    """Return inputs of a few positions, in the alternatives to try."""
     family = family_of(runner.config)
     if family.probe is not None:
         return [family.probe(runner)]

@@ -1,4 +1,4 @@
-"""What a method's temperature does to attention logits, and where it is put."""
+"""Where a method's temperature is applied, and its effect on attention logits."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -14,11 +14,11 @@ from hf_rope_ext.models.sites import RopeSite
 
 
 def effective_logit_factor(site: RopeSite, attention_scaling: float) -> float:
-    """Return what multiplying cos and sin does to the logits, in the mean.
+    """Return the mean effect of ``attention_scaling`` on the logits.
 
-    The whole head rotated gives ``attention_scaling ** 2``. Where part of it rotates, the rest
-    keeps its share of the logit (each coordinate is taken to contribute alike); where queries and
-    keys are normalised after rotation, nothing is left of it.
+    If the whole head rotates, it is ``attention_scaling ** 2``. If part of it does, the rest of the
+    logit is unscaled (all dimensions are assumed to contribute equally); if queries and keys are
+    normalised after rotation, the scaling cancels out.
     """
     if site.family.norm_after_rope:
         return 1.0
@@ -73,8 +73,8 @@ def _label(module: nn.Module, config: Any) -> Any:
     """Return the layer type of an attention module."""
     index = getattr(module, "layer_idx", None)
     labels = getattr(config, "layer_types", None)
-    own = getattr(module, "rope_layer_type", None) or getattr(module, "layer_type", None)
-    return own or (labels[index] if labels and isinstance(index, int) else None)
+    label = getattr(module, "rope_layer_type", None) or getattr(module, "layer_type", None)
+    return label or (labels[index] if labels and isinstance(index, int) else None)
 
 
 def _softmax_scale(

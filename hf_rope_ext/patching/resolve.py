@@ -32,7 +32,7 @@ from hf_rope_ext.models.sites import RopeSite, read_sites
 from hf_rope_ext.models.temperature import softmax_changes
 from hf_rope_ext.patching.placed_index import places_tokens
 from hf_rope_ext.positions.layouts import AppliedLayout, MRopeLayout
-from hf_rope_ext.positions.placement import LAYOUT_POSITIONS, VisualPositions
+from hf_rope_ext.positions.placement import VisualPositions
 from hf_rope_ext.rotary.axes import axis_names, read_axes
 from hf_rope_ext.rotary.installed import Resolved
 from hf_rope_ext.rotary.request_plan import RequestPlan, RequestPolicy
@@ -134,7 +134,7 @@ def resolve(arguments: PatchArguments, model: nn.Module) -> Resolved:
     axes = axis_names(sites[0].rotary, sites[0].label)
     visual = _visual(arguments.visual_positions, axes)
     # a text model on its own is given its positions, including those that belong to a layout
-    implied = LAYOUT_POSITIONS.get(layout.name) if layout is not None and visual is None else None
+    implied = layout.visual_positions if layout is not None and visual is None else None
     if implied is not None and places_tokens(model, [site.config for site in sites]):
         visual = implied
     settings = {

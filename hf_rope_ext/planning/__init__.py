@@ -1,1 +1,1 @@
-"""How long a request is and what a longer context takes."""
+"""The length of a request, and what a longer context takes."""

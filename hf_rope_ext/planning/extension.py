@@ -1,4 +1,4 @@
-"""What a longer context would mean for a model, told from its config alone."""
+"""What a longer context would mean for a model, from its config alone."""
 
 import json
 import math
@@ -21,23 +21,22 @@ from hf_rope_ext.saving.loading import skeleton
 
 @dataclass(frozen=True)
 class Inspection:
-    """One set of rotary frequencies, as `inspect` shows it.
+    """One set of rotary frequencies, as shown by ``hf-rope inspect``.
 
     Args:
         model_type: Of the text model.
         path: Of the rotary module.
-        layer_type: The layer type it serves, None for all.
-        scaling: The scaling in the model's own config, as ``rope_parameters``.
+        layer_type: The layer type it serves; None for all.
+        scaling: The scaling in the model's config, as ``rope_parameters``.
         rope_theta: The base.
-        rotary_dim: Rotated coordinates of a head.
-        head_dim: All coordinates of a head.
-        original_max_position_embeddings: Trained length in positions, 0 where the config does not
-            say it.
-        wavelengths: Positions per full turn of each pair; None for a resting pair.
-        turns: Turns of each pair within the trained length.
-        unfinished_pairs: Pairs that never finish a turn in training: beyond the trained length
-            they meet angles they have not seen.
-        window: Positions that layers with a sliding window see, None where all see all.
+        rotary_dim: Rotated dimensions of a head.
+        head_dim: All dimensions of a head.
+        original_max_position_embeddings: Trained length in positions; 0 if the config lacks it.
+        wavelengths: Positions per rotation of each pair; None at frequency 0.
+        turns: Rotations of each pair over the trained length.
+        unfinished_pairs: Pairs that never complete a rotation in training, so that they meet unseen
+            angles beyond the trained length.
+        window: Size of the attention window in positions; None if every layer attends to all.
     """
 
     model_type: str
@@ -60,17 +59,17 @@ class Inspection:
 
 @dataclass(frozen=True)
 class Effect:
-    """What a method does to the pairs of a model at a target length.
+    """The effect of a method on the pairs of a model at a target length.
 
     Args:
         method: Name of the method.
-        kept: Pairs that turn as in training.
-        slowed_in_full: Pairs slowed by the whole factor, or more.
-        between: Pairs slowed by less.
-        unseen: Pairs that never finished a turn in training and at the target reach an angle
-            beyond the largest trained one.
-        attention_scaling: What cos and sin are multiplied by.
-        nearest: Slowdown of the fastest pair: how much neighbouring positions are blurred.
+        kept: Number of pairs with their trained frequency.
+        slowed_in_full: Number of pairs slowed by the factor or more.
+        between: Number of pairs slowed by less.
+        unseen: Number of pairs that never complete a rotation in training and exceed their largest
+            trained angle at the target length.
+        attention_scaling: Multiplier of cos and sin.
+        nearest: Slowdown of the fastest pair, that is, the loss of resolution between neighbours.
     """
 
     method: str
@@ -92,24 +91,24 @@ def inspect_config(config: Config) -> list[Inspection]:
 
 
 def text_site(config: Config, original_max_position_embeddings: int | None = None) -> RopeSite:
-    """Return the set of frequencies that decides how far a model reads.
+    """Return the set of frequencies that limits the context of a model.
 
     Raises:
-        RopeError: If the config does not say what length was trained.
+        RopeError: If the trained length is not in the config.
     """
     site = read_sites(
         skeleton(config), original_max_position_embeddings=original_max_position_embeddings
     )[0]
     if not site.geometry.original_max_position_embeddings:
         raise RopeError(
-            f"the config does not say what length was trained ({dict(site.found)!r}); give "
+            f"the trained length is not in the config ({dict(site.found)!r}); give "
             f"original_max_position_embeddings."
         )
     return read_axes(site)
 
 
 def effect(method: Method, geometry: RopeGeometry, target: int) -> Effect:
-    """Return what a method does to the pairs when a request is ``target`` positions long."""
+    """Return the effect of a method on a request of ``target`` positions."""
     frozen = method.freeze(geometry, target) if method.length_dependent else method
     plan = frozen.plan(geometry)
     trained, planned = geometry.inv_freq(), plan.inv_freq
@@ -131,9 +130,9 @@ def effect(method: Method, geometry: RopeGeometry, target: int) -> Effect:
 
 
 def cache_bytes(config: Config, length: int, bytes_per_number: int = 2) -> int:
-    """Return what the keys and values of one sequence of ``length`` positions take up.
+    """Return the size of the keys and values of one sequence of ``length`` positions.
 
-    Layers with a sliding window keep that window, recurrent and linear layers nothing that grows.
+    Layers with a sliding window cache that window; recurrent and linear layers, nothing that grows.
     """
     layers = setting(config, "num_hidden_layers") or 0
     kinds = setting(config, "layer_types") or ["full_attention"] * layers
@@ -157,7 +156,7 @@ def decay(inv_freq: Tensor, distances: Tensor) -> Tensor:
         distances: In positions, ``(distances,)``.
 
     Returns:
-        The mean size of the partial sums of ``exp(i * distance * inv_freq)``, as a share of its
+        The mean magnitude of the partial sums of ``exp(i * distance * inv_freq)``, relative to its
         value at distance 0, ``(distances,)``.
     """
     angles = distances[:, None].double() * inv_freq[None, :].double()
@@ -167,17 +166,16 @@ def decay(inv_freq: Tensor, distances: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class ExtensionPlan:
-    """What reaching a length takes.
+    """What it takes to reach a length.
 
     Args:
         trained_length: In positions.
         target_length: In positions.
         factor: Their ratio.
-        cache_bytes: What keys and values of one sequence of the target length take up.
-        effects: What each method does to the pairs, by the label it was given.
-        advice: What the vendor says about extending the model by these methods, and what else to
-            mind.
-        exports: What tells each engine to use YaRN at that factor, or why nothing does.
+        cache_bytes: Size of the keys and values of one sequence of the target length.
+        effects: Effect of each method on the pairs, by label.
+        advice: The vendor's advice on these methods, and other caveats.
+        exports: How to configure each engine for YaRN with this factor, or why it is impossible.
     """
 
     trained_length: int
@@ -201,11 +199,11 @@ def plan_extension(
 
     Args:
         config: The whole config.
-        site: What `text_site` returned for it.
+        site: The result of `text_site` for it.
         target: In positions.
-        methods: To weigh against each other, by label.
+        methods: Methods to compare, by label.
         number_bytes: Size of a number in the cache.
-        tokens: How many take up that many positions, where they are not as many.
+        tokens: Number of tokens at that many positions, if different.
 
     Raises:
         RopeError: If the target is within the trained length.
@@ -217,7 +215,7 @@ def plan_extension(
     exports = {}
     for engine in TARGETS:
         try:
-            found = export(
+            exported = export(
                 config,
                 engine,
                 method=Yarn(factor),
@@ -227,7 +225,7 @@ def plan_extension(
         except RopeError as error:
             exports[engine] = f"not expressible: {error}"
         else:
-            exports[engine] = found.command_line or json.dumps(found.config)
+            exports[engine] = exported.command_line or json.dumps(exported.config)
     return ExtensionPlan(
         trained_length=trained,
         target_length=target,
@@ -240,7 +238,7 @@ def plan_extension(
 
 
 def curves(geometry: RopeGeometry, methods: Mapping[str, Method], factor: float) -> dict[str, Any]:
-    """Return what `hf-rope plot` draws, as JSON data: per pair and over distance."""
+    """Return the data of ``hf-rope plot``, by pair and by distance, as JSON data."""
     trained = geometry.original_max_position_embeddings
     target = round(factor * trained)
     distances = torch.logspace(0, math.log10(2 * target), 200).round()
@@ -253,7 +251,7 @@ def curves(geometry: RopeGeometry, methods: Mapping[str, Method], factor: float)
     for label, method in methods.items():
         inv_freq = method.freeze(geometry, target).plan(geometry).inv_freq
         result["methods"][label] = {
-            "wavelengths": [2 * math.pi / float(one) if one > 0 else None for one in inv_freq],
+            "wavelengths": _wavelengths(inv_freq),
             "decay": decay(inv_freq, distances).tolist(),
         }
     return result
@@ -262,12 +260,12 @@ def curves(geometry: RopeGeometry, methods: Mapping[str, Method], factor: float)
 def _advice(site: RopeSite, methods: Iterable[Method], target: int, tokens: int) -> tuple[str, ...]:
     notes = []
     if site.family.advice is not None:
-        said = (site.family.advice(method, site.geometry) for method in methods)
-        notes += [words for words in said if words is not None]
+        advice = (site.family.advice(method, site.geometry) for method in methods)
+        notes += [note for note in advice if note is not None]
     if tokens != target:
         notes.append(
-            f"other engines limit a request by tokens: vLLM's --max-model-len, SGLang's "
-            f"--context-length and llama.cpp's --ctx-size must be {tokens}."
+            f"other engines limit requests in tokens: set vLLM's --max-model-len, SGLang's "
+            f"--context-length or llama.cpp's --ctx-size to {tokens}."
         )
     return tuple(dict.fromkeys(notes))
 
@@ -286,11 +284,15 @@ def _inspect(site: RopeSite) -> Inspection:
         rotary_dim=geometry.rotary_dim,
         head_dim=geometry.head_dim,
         original_max_position_embeddings=trained,
-        wavelengths=[2 * math.pi / float(turn) if turn > 0 else None for turn in inv_freq],
+        wavelengths=_wavelengths(inv_freq),
         turns=turns.tolist(),
         unfinished_pairs=int(((turns < 1) & (inv_freq > 0)).sum()) if trained else 0,
         window=window(site.config),
     )
+
+
+def _wavelengths(inv_freq: Tensor) -> list[float | None]:
+    return [2 * math.pi / value if value > 0 else None for value in inv_freq.tolist()]
 
 
 def _layer_config(config: Config, index: int) -> Config:
@@ -300,7 +302,7 @@ def _layer_config(config: Config, index: int) -> Config:
 
 
 def _numbers_per_position(config: Config) -> int:
-    """Return how many numbers of keys and values one layer keeps for one position."""
+    """Return how many numbers one layer caches per position."""
     latent, rope = setting(config, "kv_lora_rank"), setting(config, "qk_rope_head_dim")
     if latent and rope:
         return int(latent + rope)

@@ -1,4 +1,4 @@
-"""How long a request is to RoPE: in positions, of which images take fewer than tokens."""
+"""The length of a request in positions, of which images take fewer than tokens."""
 
 import copy
 import inspect
@@ -16,7 +16,7 @@ from hf_rope_ext.patching.placed_index import PlacedIndex
 from hf_rope_ext.rotary.axes import axis_names
 from hf_rope_ext.rotary.installed import patch_of
 
-# what a processor calls it, and what the family's position rule does
+# from the name a processor uses to that of the family's position rule
 _RULE_NAMES = {
     "video_second_per_grid": "second_per_grids",
     "audio_feature_lengths": "audio_seqlens",
@@ -26,14 +26,14 @@ _ALWAYS = {"input_ids", "attention_mask", "mm_token_type_ids", "kwargs"}
 
 @dataclass(frozen=True)
 class RequestLength:
-    """The length of a batch; where its rows differ, that of the longest.
+    """The length of a request; in a batch, of its longest row.
 
     Args:
-        tokens: Without padding.
+        tokens: Number of tokens without padding.
         positions: Largest position + 1, over all axes of M-RoPE.
-        trained: The model's trained length, in positions; 0 where its config does not say it.
-        largest: Largest position of each axis of M-RoPE; empty where the model has one axis.
-        assumed: What was taken for granted for want of a processor.
+        trained: Trained length of the model in positions; 0 if its config lacks it.
+        largest: Largest position on each axis of M-RoPE; empty if the model has a single axis.
+        assumed: Assumptions made in place of a missing processor.
     """
 
     tokens: int
@@ -44,16 +44,16 @@ class RequestLength:
 
     @property
     def factor(self) -> float:
-        """The smallest factor that fits; 1 where the trained length is enough.
+        """The smallest sufficient factor; 1 if the request fits the trained length.
 
         Raises:
-            RopeError: If the trained length is not known.
+            RopeError: If the trained length is unknown.
         """
         return self._factor(self.positions)
 
     @property
     def factors(self) -> dict[str, float]:
-        """The smallest factor that fits each axis, for ``patch_model(factor=...)``."""
+        """The smallest sufficient factor of each axis, for ``patch_model(factor=...)``."""
         return {axis: self._factor(last + 1) for axis, last in self.largest.items()}
 
     def to_dict(self) -> dict[str, Any]:
@@ -64,44 +64,44 @@ class RequestLength:
         axes = ", ".join(f"{axis} up to {last}" for axis, last in self.largest.items())
         words = f"{self.tokens} tokens, {self.positions} positions" + (f" ({axes})" if axes else "")
         if not self.trained:
-            return f"{words}; the config does not say what length was trained"
+            return f"{words}; the trained length is not in the config"
         fits = f"factor {self.factor:g}" if self.factor > 1 else "fits"
         return f"{words}, {self.trained} trained: {fits}"
 
     def _factor(self, positions: int) -> float:
         if not self.trained:
             raise RopeError(
-                "the config does not say what length was trained; patch the model with "
+                "the trained length is not in the config; patch the model with "
                 "original_max_position_embeddings first."
             )
         return max(positions / self.trained, 1.0)
 
 
 def request_length(model: nn.Module, *, max_new_tokens: int = 0, **inputs: Any) -> RequestLength:
-    """Measure a request before it is run; a model's ``rope_deltas`` are neither read nor changed.
+    """Measure a request before running it, without reading or changing the model's ``rope_deltas``.
 
     Args:
         model: The model it is for, patched or not.
-        max_new_tokens: How many ``generate`` shall write behind it.
-        **inputs: What the model would be called with: a tokenizer's or a processor's output.
+        max_new_tokens: Number of tokens that ``generate`` will add.
+        **inputs: Arguments of the model's call: the output of a tokenizer or a processor.
 
     Raises:
-        RopeError: If there are no ``input_ids``, the model has no rotary embedding, or its images
-            and videos do not match the ids.
+        RopeError: If ``input_ids`` are missing, the model has no rotary embedding, or images and
+            videos do not match the ids.
     """
     ids = inputs.get("input_ids")
     if not isinstance(ids, Tensor) or ids.dim() != 2:
         raise RopeError(
-            f"input_ids must be a tensor of shape (batch, seq), got {ids!r}; tokenizers and "
-            f"processors return one with return_tensors='pt'."
+            f"input_ids must be a tensor of shape (batch, seq), got {ids!r}; call the tokenizer or "
+            f"processor with return_tensors='pt'."
         )
     mask = inputs.get("attention_mask")
     if mask is None:
         mask = torch.ones_like(ids)
     elif mask.shape != ids.shape:
         raise RopeError(
-            f"attention_mask must have the shape of input_ids, {tuple(ids.shape)}, to tell what is "
-            f"padding; got {tuple(mask.shape)}."
+            f"attention_mask must have the shape of input_ids, {tuple(ids.shape)}, got "
+            f"{tuple(mask.shape)}."
         )
     patch = patch_of(model)
     site = (read_sites(model) if patch is None else patch.sites)[0]
@@ -115,9 +115,9 @@ def request_length(model: nn.Module, *, max_new_tokens: int = 0, **inputs: Any) 
         positions = (mask.cumsum(dim=1) - 1)[None]
     elif positions.dim() == 2:
         positions = positions[None]
-    # a row more than there are axes is Qwen3's running count, which builds masks
-    found = _largest(positions[-len(axes) :], mask, max_new_tokens)
-    largest = found.expand(len(axes)).tolist()
+    # Qwen3-VL puts a row in front of its axes, a running count that builds masks
+    by_row = _largest(positions[-len(axes) :], mask, max_new_tokens)
+    largest = by_row.expand(len(axes)).tolist()
     return RequestLength(
         tokens=tokens + max_new_tokens,
         positions=max(largest) + 1,
@@ -127,11 +127,11 @@ def request_length(model: nn.Module, *, max_new_tokens: int = 0, **inputs: Any) 
 
 
 def _largest(positions: Tensor, mask: Tensor, max_new_tokens: int) -> Tensor:
-    """Return the largest position of each row of ``(axes, batch, seq)``, of all tokens but padding.
+    """Return the largest unpadded position in each row of ``(axes, batch, seq)``.
 
-    `generate` goes on behind the last token, though an earlier one can have a larger position.
+    `generate` continues after the last token, even if an earlier one has a larger position.
     """
-    # up to the next whole one: positions that `visual_positions` placed may lie between two
+    # rounded up, since `visual_positions` may place tokens at fractional positions
     positions = torch.where(mask.bool(), positions, 0).ceil().long()
     order = torch.arange(1, mask.shape[1] + 1, device=mask.device)
     rows = torch.arange(len(mask), device=mask.device)
@@ -140,9 +140,9 @@ def _largest(positions: Tensor, mask: Tensor, max_new_tokens: int) -> Tensor:
 
 
 def position_rule(model: nn.Module, site: RopeSite) -> Any:
-    """Return the part of a model that gives images and text their positions, None without M-RoPE.
+    """Return the submodule that computes positions of images and text; None without M-RoPE.
 
-    It holds the rotary module: other towers can have rules of their own.
+    It is the one around the rotary module: other towers can have rules of their own.
     """
     for part in model.modules():
         if hasattr(part, "get_rope_index") and site.rotary.parent in set(part.modules()):
@@ -151,12 +151,12 @@ def position_rule(model: nn.Module, site: RopeSite) -> Any:
 
 
 def visual_tokens(config: Config, grid: Tensor, *, video: bool) -> Tensor:
-    """Return how many tokens stand for each image or video, ``(visuals,)``.
+    """Return the number of tokens of each image or video, ``(visuals,)``.
 
     Args:
         config: The whole config.
         grid: Patches over time, height and width, ``(visuals, 3)``, before merging.
-        video: Whether they are videos, of which some families merge frames as well.
+        video: Whether they are videos; some families merge their frames, too.
     """
     vision = config.vision_config
     merge = vision.spatial_merge_size
@@ -169,24 +169,26 @@ def visual_tokens(config: Config, grid: Tensor, *, video: bool) -> Tensor:
 
 
 def _rule_positions(part: Any, inputs: dict[str, Any]) -> Tensor | None:
-    """Return what the family's own rule gives the inputs; None where all is text."""
+    """Return the positions computed by the family's own rule; None for text alone."""
     known = inspect.signature(part.get_rope_index).parameters
-    given = {_RULE_NAMES.get(name, name): value for name, value in inputs.items()}
+    arguments = {_RULE_NAMES.get(name, name): value for name, value in inputs.items()}
     if (audio := inputs.get("feature_attention_mask")) is not None:
-        given["audio_seqlens"] = audio.sum(dim=-1)
-    if given.get("second_per_grids") is not None:
-        given["second_per_grids"] = torch.as_tensor(given["second_per_grids"])
-    given = {name: value for name, value in given.items() if name in known and value is not None}
-    if not any(isinstance(given[name], Tensor) for name in given.keys() - _ALWAYS):
+        arguments["audio_seqlens"] = audio.sum(dim=-1)
+    if arguments.get("second_per_grids") is not None:
+        arguments["second_per_grids"] = torch.as_tensor(arguments["second_per_grids"])
+    arguments = {
+        name: value for name, value in arguments.items() if name in known and value is not None
+    }
+    if not any(isinstance(arguments[name], Tensor) for name in arguments.keys() - _ALWAYS):
         return None
-    if "mm_token_type_ids" in known and "mm_token_type_ids" not in given:
+    if "mm_token_type_ids" in known and "mm_token_type_ids" not in arguments:
         raise RopeError(
-            "there are images or videos but no mm_token_type_ids, which tell the model where they "
-            "stand; the processor returns them beside input_ids."
+            "there are images or videos but no mm_token_type_ids, which mark their tokens; pass "
+            "those the processor returns with input_ids."
         )
-    _require_grids_match(part.config, given)
+    _require_grids_match(part.config, arguments)
     try:
-        return _copied(part).get_rope_index(**given)[0]  # type: ignore[no-any-return]
+        return _copy_of(part).get_rope_index(**arguments)[0]  # type: ignore[no-any-return]
     except (
         AttributeError,
         IndexError,
@@ -197,35 +199,37 @@ def _rule_positions(part: Any, inputs: dict[str, Any]) -> Tensor | None:
     ) as error:
         raise RopeError(
             f"{type(part).__name__} cannot place these images and videos among the tokens "
-            f"({type(error).__name__}: {error}); pass the processor's output as it is."
+            f"({type(error).__name__}: {error}); pass the processor's output as is."
         ) from error
 
 
-def _copied(part: Any) -> Any:
-    """Return a stand-in that takes what some rules leave on their model for the next call."""
+def _copy_of(part: Any) -> Any:
+    """Return a shallow copy, since some rules store values on their model for the next call."""
     copied = copy.copy(part)
-    if isinstance(own := copied.__dict__.get(PlacedIndex.name), PlacedIndex):
-        copied.__dict__[PlacedIndex.name] = PlacedIndex(copied, own.rule, own.axes, own.next_text)
+    if isinstance(placed := copied.__dict__.get(PlacedIndex.name), PlacedIndex):
+        copied.__dict__[PlacedIndex.name] = PlacedIndex(
+            copied, placed.rule, placed.axes, placed.next_text
+        )
     return copied
 
 
-def _require_grids_match(config: Config, given: Mapping[str, Any]) -> None:
-    """Compare what the grids stand for with the tokens there are: rules ignore surplus grids."""
+def _require_grids_match(config: Config, arguments: Mapping[str, Any]) -> None:
+    """Check that grids and ids agree on the number of tokens; the rules ignore surplus grids."""
     family = family_of(config)
     if family.next_text is None or family.row_ends:
-        return  # a rule of their own, where grids can also be of images yet to be drawn
+        return  # they have other rules, and their grids may include images yet to be generated
     merge = config.vision_config.spatial_merge_size
     for kind, name in ((1, "image"), (2, "video")):
-        grid = given.get(f"{name}_grid_thw")
+        grid = arguments.get(f"{name}_grid_thw")
         if grid is None:
             continue
         expected = int(visual_tokens(config, grid, video=kind == 2).sum())
-        if "mm_token_type_ids" in given:
-            found = int((given["mm_token_type_ids"] == kind).sum())
+        if "mm_token_type_ids" in arguments:
+            actual = int((arguments["mm_token_type_ids"] == kind).sum())
         else:
-            found = int((given["input_ids"] == getattr(config, f"{name}_token_id")).sum())
-        if expected != found:
+            actual = int((arguments["input_ids"] == getattr(config, f"{name}_token_id")).sum())
+        if expected != actual:
             raise RopeError(
                 f"{name}_grid_thw {grid.tolist()} stands for {expected} tokens of {merge} x "
-                f"{merge} patches, but the ids have {found}; pass the processor's output as it is."
+                f"{merge} patches, but the ids have {actual}; pass the processor's output as is."
             )

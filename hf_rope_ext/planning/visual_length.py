@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from hf_rope_ext.checks import require_integer, require_number
 from hf_rope_ext.errors import RopeError
 from hf_rope_ext.models.family import Config, family_of
 from hf_rope_ext.models.sites import read_sites
@@ -29,12 +30,12 @@ Size = tuple[int, int] | tuple[int, int, int]
 
 @dataclass(frozen=True)
 class Video:
-    """A video as a model gets it.
+    """A video as passed to a model.
 
     Args:
         size: Of each frame.
-        frames: How many are sampled; not said where ``size`` is a grid.
-        fps: How many are sampled per second.
+        frames: Number of sampled frames; left out if ``size`` is a grid.
+        fps: Sampled frames per second.
     """
 
     size: Size
@@ -49,21 +50,21 @@ def visual_length(
     videos: Sequence[Video] = (),
     text: int = 0,
 ) -> RequestLength:
-    """Measure a request that is not there yet; needs neither weights nor a tokenizer.
+    """Measure a request from the sizes of its images and videos, without weights or a tokenizer.
 
-    The model's own rule places made-up ids: the text, then the images, then the videos, since in
-    this order they reach furthest. Sizes in pixels become patches as the processor beside the
-    config resizes them; what had to be assumed without one stands in the result.
+    The model's own rule places synthetic ids: first text, then images, then videos, the order that
+    reaches furthest. Sizes in pixels become patches as the processor saved with the config resizes
+    them; the result lists what had to be assumed without one.
 
     Args:
         model: Directory or hub id, config, or the model itself.
         images: Their sizes.
-        videos: What of them is sampled.
-        text: How many tokens of text there are besides, those to be generated included.
+        videos: Their sizes and sampling.
+        text: Number of text tokens, including those to be generated.
 
     Raises:
-        RopeError: If the model has no M-RoPE or another layout of visual tokens, or there is no
-            such image or video.
+        RopeError: If the model has no M-RoPE or an unknown layout of visual tokens, or an image or
+            a video is invalid.
     """
     source = model if isinstance(model, str | Path) else None
     whole = (
@@ -75,18 +76,19 @@ def visual_length(
     part = position_rule(whole, site)
     if part is None:
         raise RopeError(
-            f"{type(whole).__name__} has no M-RoPE, so an image takes as many positions as tokens; "
-            f"count them with its processor."
+            f"{type(whole).__name__} has no M-RoPE, so positions are tokens; count them with its "
+            f"processor."
         )
     if family_of(part.config).next_text is None:
         raise RopeError(
-            f"how {type(part).__name__} lays out its visual tokens is not known from the config; "
-            f"give request_length its processor's output."
+            f"the config does not tell how {type(part).__name__} lays out its visual tokens; pass "
+            f"its processor's output to request_length."
         )
     if videos and "video_grid_thw" not in inspect.signature(part.get_rope_index).parameters:
-        raise RopeError(f"{type(part).__name__} takes no videos.")
-    if text < 0 or not text + len(images) + len(videos):
-        raise RopeError(f"a request has text, images or videos, got text={text!r} alone.")
+        raise RopeError(f"{type(part).__name__} takes no videos; leave them out.")
+    require_integer("text", text, 0, unit="tokens")
+    if not (text or images or videos):
+        raise RopeError("the request is empty; give text, images or videos.")
     apart = site.family.frames_apart
     resizer, request = _Resizer(source, part.config, apart), _MadeUp(part.config, apart)
     request.add_text(text)
@@ -94,17 +96,17 @@ def visual_length(
         request.add_image(resizer.image(size))
     for video in videos:
         request.add_video(resizer.video(video), video.fps)
-    found = request_length(whole, **request.inputs())
-    return replace(found, assumed=tuple(sorted(resizer.assumed | request.assumed)))
+    length = request_length(whole, **request.inputs())
+    return replace(length, assumed=tuple(sorted(resizer.assumed | request.assumed)))
 
 
 class _Resizer:
-    """From sizes to grids of patches, remembering what had to be assumed."""
+    """Converts sizes to grids of patches, and records the assumptions made."""
 
     def __init__(self, source: str | Path | None, config: Config, frames_apart: bool) -> None:
         self.vision = config.vision_config
         self.side = self.vision.patch_size * self.vision.spatial_merge_size
-        self.whole_videos = frames_apart  # the frames of these share one limit on pixels
+        self.whole_videos = frames_apart  # their pixel limit applies to all frames together
         self.assumed: set[str] = set()
         self._processor = None if source is None else _image_processor(source)
         self._video_settings = {} if source is None else _video_settings(source)
@@ -112,23 +114,24 @@ class _Resizer:
 
     def image(self, size: Size) -> tuple[int, int, int]:
         if len(size) == 3 and size[0] != 1:
-            raise RopeError(f"an image has one frame, got {size!r}.")
+            raise RopeError(f"the grid of an image must have one frame, got {size!r}.")
         if size not in self._known:
             self._known[size] = self._grid(size) or self._processed(*size[:2])
         return self._known[size]
 
     def video(self, video: Video) -> tuple[int, int, int]:
-        if not video.fps > 0:
-            raise RopeError(f"fps must be greater than 0, got {video.fps!r}.")
+        require_number("fps", video.fps, above=0)
         merge = getattr(self.vision, "temporal_merge_size", 1)
         if (grid := self._grid(video.size)) is not None:
             if video.frames is not None:
-                raise RopeError(f"{video!r} says twice how many frames there are.")
+                raise RopeError(
+                    f"the grid already has the number of frames; leave frames out of {video!r}."
+                )
             if grid[0] % merge:
                 raise RopeError(f"frames of a grid must be a multiple of {merge}, got {grid!r}.")
             return grid
-        if video.frames is None or video.frames < 1:
-            raise RopeError(f"a video needs frames, at least 1; got {video!r}.")
+        require_integer("frames of a video", video.frames, 1)
+        assert video.frames is not None  # checked above
         step = _frames_per_patch(self.vision)
         bounds = self._bounds(self._video_settings, "videos")
         rows, columns = self._resized(*video.size[:2], video.frames, step, bounds)
@@ -136,7 +139,7 @@ class _Resizer:
 
     def _grid(self, size: Size) -> tuple[int, int, int] | None:
         if min(size) < 1:
-            raise RopeError(f"a size must be at least 1 each way, got {size!r}.")
+            raise RopeError(f"each side of a size must be at least 1, got {size!r}.")
         if len(size) == 2:
             return None
         merge = self.vision.spatial_merge_size
@@ -152,10 +155,10 @@ class _Resizer:
             return (1, *self._resized(width, height, 1, 1, bounds))
         blank = torch.zeros(3, height, width, dtype=torch.uint8)
         try:
-            found = self._processor(images=[blank], return_tensors="pt")["image_grid_thw"]
+            grid = self._processor(images=[blank], return_tensors="pt")["image_grid_thw"]
         except (KeyError, ValueError) as error:
             raise RopeError(f"{width}x{height}: {error}") from error
-        return tuple(found[0].tolist())
+        return tuple(grid[0].tolist())
 
     def _bounds(self, settings: Mapping[str, Any], what: str) -> dict[str, float]:
         size = settings.get("size") or {}
@@ -163,8 +166,8 @@ class _Resizer:
         largest = size.get("longest_edge") or settings.get("max_pixels")
         if not smallest or not largest:
             self.assumed.add(
-                f"{what}: sides rounded to multiples of {self.side} pixels, however large, since "
-                f"there is no processor's config with limits"
+                f"{what}: sides rounded to multiples of {self.side} pixels without a limit, for "
+                f"lack of a processor config with limits"
             )
             smallest, largest = self.side**2, math.inf
         return {"min_pixels": smallest, "max_pixels": largest}
@@ -174,19 +177,19 @@ class _Resizer:
     ) -> tuple[int, int]:
         """Return rows and columns of patches, by the two rules that transformers' processors share.
 
-        Those for videos need torchvision, but the same functions serve images without it.
+        The processors for videos require torchvision; the same functions for images do not.
         """
-        from transformers.models.glm4v.image_processing_pil_glm4v import smart_resize as whole
-        from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize as each
+        from transformers.models.glm4v import image_processing_pil_glm4v as glm4v
+        from transformers.models.qwen2_vl import image_processing_pil_qwen2_vl as qwen2_vl
 
         try:
             if self.whole_videos and frames > 1:
-                found = whole(frames, height, width, step, factor=self.side, **bounds)
+                sides = glm4v.smart_resize(frames, height, width, step, factor=self.side, **bounds)
             else:
-                found = each(height, width, factor=self.side, **bounds)
+                sides = qwen2_vl.smart_resize(height, width, factor=self.side, **bounds)
         except ValueError as error:
             raise RopeError(f"{width}x{height}: {error}") from error
-        return found[0] // self.vision.patch_size, found[1] // self.vision.patch_size
+        return sides[0] // self.vision.patch_size, sides[1] // self.vision.patch_size
 
 
 def _frames_per_patch(vision: Config) -> int:
@@ -194,7 +197,7 @@ def _frames_per_patch(vision: Config) -> int:
 
 
 def _image_processor(source: str | Path) -> Any:
-    """Return the image processor beside a config, None where there is none."""
+    """Return the image processor saved with a config; None if there is none."""
     from transformers import AutoImageProcessor
 
     try:
@@ -204,7 +207,7 @@ def _image_processor(source: str | Path) -> Any:
 
 
 def _video_settings(source: str | Path) -> dict[str, Any]:
-    """Return what is said about videos beside a config, where transformers looks for it."""
+    """Return the video settings saved with a config, from where transformers looks for them."""
     from transformers.utils import cached_file
 
     for name, key in (
@@ -214,13 +217,13 @@ def _video_settings(source: str | Path) -> dict[str, Any]:
     ):
         path = cached_file(str(source), name, _raise_exceptions_for_missing_entries=False)
         settings = json.loads(Path(path).read_text(encoding="utf-8")) if path else {}
-        if found := settings.get(key) if key else settings:
-            return found
+        if video_settings := settings.get(key) if key else settings:
+            return video_settings
     return {}
 
 
 class _MadeUp:
-    """What a processor would return, with one meaningless word for all text."""
+    """Builds what a processor would return, with a single placeholder word as text."""
 
     def __init__(self, config: Config, frames_apart: bool) -> None:
         self.config = config
@@ -252,7 +255,7 @@ class _MadeUp:
         for frame in range(grid[0]):
             self.add_text(len(f"{frame * self._seconds[-1]:.1f}") + 3)
             self._add_visual("video", 2, tokens // grid[0])
-        self.assumed.add("<1.5 seconds> before each frame of a video, a token for each digit")
+        self.assumed.add("<1.5 seconds> before each frame of a video, one token per digit")
 
     def inputs(self) -> dict[str, Any]:
         ids, kinds, lengths = torch.tensor(self._spans).unbind(dim=1)
@@ -260,8 +263,12 @@ class _MadeUp:
         return {
             "input_ids": ids.repeat_interleave(lengths)[None],
             "mm_token_type_ids": kinds.repeat_interleave(lengths)[None],
-            **{f"{name}_grid_thw": torch.tensor(it) for name, it in self._grids.items() if it},
-            # by the names of Qwen2.5-VL's processor and of Qwen2.5-Omni's
+            **{
+                f"{name}_grid_thw": torch.tensor(grids)
+                for name, grids in self._grids.items()
+                if grids
+            },
+            # as Qwen2.5-VL's processor calls them, and Qwen2.5-Omni's
             **dict.fromkeys(("second_per_grid_ts", "video_second_per_grid"), seconds),
         }
 

@@ -1,8 +1,8 @@
-"""Which position axis each pair turns by: M-RoPE layouts of our own.
+"""M-RoPE layouts: which position axis rotates each pair.
 
-A family's own layout is in its rotary module and is used as it is; these are for training and for
-study. A layout other than the trained one changes every image and video, and no text, whose
-positions are equal on all axes.
+The layout that a family was trained with is part of its rotary module and is used as it is. The
+layouts here are for training and experiments. Switching to another layout changes the encoding of
+every image and video; text is unaffected, since its position is the same on all axes.
 """
 
 import itertools
@@ -11,42 +11,38 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from hf_rope_ext.checks import require_choice
 from hf_rope_ext.errors import MethodParameterError
-
-AXES = ("t", "h", "w")
-"""Time, height and width: the rows of ``position_ids`` ``(3, batch, seq)``."""
+from hf_rope_ext.positions.placement import AXES, VisualPositions
 
 TIME, HEIGHT, WIDTH = range(3)
 
 
 @dataclass(frozen=True)
 class MRopeLayout:
-    """A layout by name.
+    """An M-RoPE layout, by name.
 
-    - ``"chunked"``: the fastest pairs turn by time, the next by height, the slowest by width
+    - ``"chunked"``: time rotates the fastest pairs, then height, and width the slowest
       (Qwen2-VL, arXiv:2409.12191, sec. 2.1).
-    - ``"interleaved"``: time, height and width take turns, until height and width have their share
+    - ``"interleaved"``: time, height and width alternate until height and width have their share
       (Qwen3-VL, arXiv:2511.21631; MRoPE-I, arXiv:2510.23095).
-    - ``"videorope"``: height and width take turns over the fast pairs, time has the slowest ones
+    - ``"videorope"``: height and width alternate over the fast pairs; time rotates the slowest
       (arXiv:2502.05173, sec. 4.1).
-    - ``"hope"``: the same, and the pairs of time do not turn at all (arXiv:2505.20444, sec. 4.1).
-    - ``"mhrope"``: each key head and its queries turn by one axis (arXiv:2510.23095, sec. 4.2).
+    - ``"hope"``: as ``"videorope"``, with the time pairs unrotated (arXiv:2505.20444, sec. 4.1).
+    - ``"mhrope"``: one axis rotates a whole key head and its queries (arXiv:2510.23095, sec. 4.2).
 
     Args:
         name: One of these.
-        section: Pairs of time, height and width; for ``"mhrope"`` key heads. When not given, the
-            model's own, or for ``"mhrope"`` heads in its proportions.
+        section: Number of pairs for time, height and width; for ``"mhrope"``, of key heads. By
+            default the model's own numbers; for ``"mhrope"``, heads in the same proportions.
     """
 
     name: str
     section: tuple[int, int, int] | None = None
 
     def __post_init__(self) -> None:
-        """Check name and section."""
-        if not isinstance(self.name, str) or self.name not in LAYOUTS:
-            raise MethodParameterError(
-                f"mrope_layout must be one of {', '.join(map(repr, LAYOUTS))}, got {self.name!r}."
-            )
+        """Check the name and the section."""
+        require_choice("mrope_layout", self.name, LAYOUTS, MethodParameterError)
         section = self.section
         if section is None:
             return
@@ -62,53 +58,67 @@ class MRopeLayout:
         object.__setattr__(self, "section", tuple(section))
 
     @property
-    def per_head(self) -> bool:
-        """Whether heads have an axis, and not pairs."""
-        return self.name == "mhrope"
+    def visual_positions(self) -> VisualPositions | None:
+        """The placement of visual tokens that belongs to the layout; None for the family's own."""
+        return LAYOUTS[self.name].visual_positions
 
     def on(self, axes: Sequence[str], heads: int) -> "AppliedLayout":
-        """Return the layout on a model.
+        """Apply the layout to a model.
 
         Args:
-            axes: Name of the axis that each pair was trained with.
+            axes: Name of the axis that rotates each pair of the trained model.
             heads: Key heads of an attention layer.
 
         Raises:
-            MethodParameterError: If the model's axes are others, or the section does not sum to
-                the pairs (the heads) there are.
+            MethodParameterError: If the model has other axes, or the section does not sum to its
+                number of pairs (key heads).
         """
         if set(axes) != set(AXES):
             raise MethodParameterError(
                 f"mrope_layout={self.name!r} is for models whose pairs turn by t, h and w; those "
                 f"of this one turn by {', '.join(dict.fromkeys(axes))}."
             )
-        section = [axes.count(axis) for axis in AXES]
-        rows = self._rows(section, heads if self.per_head else len(axes))
-        return AppliedLayout(rows, AXES, self.per_head, TIME if self.name == "hope" else None)
-
-    def _rows(self, section: Sequence[int], total: int) -> tuple[int, ...]:
-        own = self.section
-        if own is None:
-            own = _shared(section, total) if self.per_head else tuple(section)  # type: ignore[assignment]
-        assert own is not None
-        if sum(own) != total:
-            what = "key heads" if self.per_head else "pairs"
+        layout = LAYOUTS[self.name]
+        total, unit = (heads, "key heads") if layout.per_head else (len(axes), "pairs")
+        section: Sequence[int] | None = self.section
+        if section is None:
+            section = [axes.count(axis) for axis in AXES]
+            section = self._divide_heads(section, heads) if layout.per_head else section
+        if sum(section) != total:
             raise MethodParameterError(
-                f"{self.name}: section {list(own)!r} sums to {sum(own)}, but the model has {total} "
-                f"{what}."
+                f"{self.name}: section {list(section)!r} sums to {sum(section)}, but the model has "
+                f"{total} {unit}."
             )
-        return LAYOUTS[self.name](*own)
+        return AppliedLayout(layout.assign(*section), AXES, layout.per_head, layout.resting)
+
+    def _divide_heads(self, section: Sequence[int], heads: int) -> tuple[int, ...]:
+        """Divide the heads in proportion to the pairs, at least one per axis.
+
+        Raises:
+            MethodParameterError: If there are fewer heads than axes.
+        """
+        axes = len(section)
+        if heads < axes:
+            raise MethodParameterError(
+                f"{self.name}: {heads} key heads cannot be shared among {axes} axes."
+            )
+        ends = [round(heads * sum(section[: axis + 1]) / sum(section)) for axis in range(axes)]
+        for axis in range(axes):  # at least one head each, counted from the front and the back
+            ends[axis] = max(ends[axis], axis + 1)
+        for axis in reversed(range(axes)):
+            ends[axis] = min(ends[axis], heads - (axes - 1 - axis))
+        return tuple(end - start for start, end in zip([0, *ends], ends, strict=False))
 
 
 @dataclass(frozen=True)
 class AppliedLayout:
-    """A layout on one model.
+    """A layout applied to a model.
 
     Args:
-        rows: Row of ``position_ids`` that each pair (each key head) turns by.
-        names: Names of the axes, by row.
-        per_head: Whether ``rows`` are of key heads.
-        resting: The row whose pairs do not turn, None where all do.
+        rows: Row of ``position_ids`` that rotates each pair (each key head).
+        names: Name of the axis of each row.
+        per_head: Whether ``rows`` refers to key heads.
+        resting: Row whose pairs stay unrotated; None if every row rotates its pairs.
     """
 
     rows: tuple[int, ...]
@@ -117,15 +127,15 @@ class AppliedLayout:
     resting: int | None = None
 
     def angles(self, position_ids: Tensor, inv_freq: Tensor, order: Sequence[int] | None) -> Tensor:
-        """Return the angle of each pair, float32.
+        """Compute the angle of each pair in float32.
 
         Args:
-            position_ids: ``(batch, seq)``, the same on all axes, or ``(axes, batch, seq)``.
-            inv_freq: ``(pairs,)`` or ``(batch, 1, pairs)``; per head with ``axes`` in front.
-            order: The order of its pairs, None for the natural one.
+            position_ids: ``(batch, seq)`` if equal on all axes, else ``(axes, batch, seq)``.
+            inv_freq: ``(pairs,)`` or ``(batch, 1, pairs)``; per head, with ``axes`` in front.
+            order: Order in which ``inv_freq`` stores the pairs; None for the natural one.
 
         Returns:
-            ``(batch, seq, pairs)``; per head with ``axes`` in front.
+            ``(batch, seq, pairs)``; per head, with ``axes`` in front.
         """
         if position_ids.ndim == 2:
             position_ids = position_ids.expand(len(self.names), -1, -1)
@@ -138,48 +148,52 @@ class AppliedLayout:
 
 
 def chunked(time: int, height: int, width: int) -> tuple[int, ...]:
-    """Return the axis of each pair, one axis after the other."""
+    """Assign the axes one after the other."""
     return (TIME,) * time + (HEIGHT,) * height + (WIDTH,) * width
 
 
 def interleaved(time: int, height: int, width: int) -> tuple[int, ...]:
-    """Return the axis of each pair, taking turns; time has what height and width leave."""
-    share = {HEIGHT: 3 * height, WIDTH: 3 * width}
+    """Assign the axes in turn; once height or width has its share, time takes its place."""
+    limits = {HEIGHT: 3 * height, WIDTH: 3 * width}
     return tuple(
-        axis if pair < share.get(axis := pair % 3, 0) else TIME
+        axis if pair < limits.get(axis := pair % 3, 0) else TIME
         for pair in range(time + height + width)
     )
 
 
 def videorope(time: int, height: int, width: int) -> tuple[int, ...]:
-    """Return the axis of each pair: height and width taking turns, then time."""
+    """Assign height and width in turn, then time."""
     turns = itertools.zip_longest((HEIGHT,) * height, (WIDTH,) * width)
-    spatial = tuple(axis for both in turns for axis in both if axis is not None)
+    spatial = tuple(axis for turn in turns for axis in turn if axis is not None)
     return spatial + (TIME,) * time
 
 
-LAYOUTS: dict[str, Callable[[int, int, int], tuple[int, ...]]] = {
-    "chunked": chunked,
-    "interleaved": interleaved,
-    "videorope": videorope,
-    "hope": videorope,
-    "mhrope": chunked,
-}
+@dataclass(frozen=True)
+class LayoutRule:
+    """The definition of a layout.
 
-
-def _shared(section: Sequence[int], heads: int) -> tuple[int, ...]:
-    """Return heads in the proportions of pairs, each axis with at least one.
-
-    Raises:
-        MethodParameterError: If there are fewer heads than axes.
+    Args:
+        assign: From the section to the axis of each pair (key head), fastest pair first.
+        per_head: Whether axes are assigned to key heads instead of pairs.
+        resting: The axis whose pairs stay unrotated; None if all rotate.
+        visual_positions: The placement of visual tokens; None for the family's own.
     """
-    if heads < len(section):
-        raise MethodParameterError(
-            f"mhrope: {heads} key heads cannot be shared among {len(section)} axes."
-        )
-    ends = [round(heads * sum(section[: axis + 1]) / sum(section)) for axis in range(len(section))]
-    for axis in range(len(section)):  # at least one each, from the front and from the back
-        ends[axis] = max(ends[axis], axis + 1)
-    for axis in reversed(range(len(section))):
-        ends[axis] = min(ends[axis], heads - (len(section) - 1 - axis))
-    return tuple(end - start for start, end in zip([0, *ends], ends, strict=False))
+
+    assign: Callable[..., tuple[int, ...]]
+    per_head: bool = False
+    resting: int | None = None
+    visual_positions: VisualPositions | None = None
+
+
+LAYOUTS = {
+    "chunked": LayoutRule(chunked),
+    "interleaved": LayoutRule(interleaved),
+    "videorope": LayoutRule(
+        videorope, visual_positions=VisualPositions(placement="diagonal", stride=2.0)
+    ),
+    "hope": LayoutRule(
+        videorope, resting=TIME, visual_positions=VisualPositions(placement="diagonal")
+    ),
+    "mhrope": LayoutRule(chunked, per_head=True),
+}
+"""Every layout by name; a new one is one entry."""

@@ -11,7 +11,7 @@ from hf_rope_ext.errors import UnsupportedModelError
 from hf_rope_ext.methods import NoScaling
 from hf_rope_ext.models.find import Rotary
 from hf_rope_ext.models.sites import RopeSite
-from hf_rope_ext.positions.layouts import AXES
+from hf_rope_ext.positions.placement import AXES
 from hf_rope_ext.rotary.extended import ExtendedRotary
 from hf_rope_ext.rotary.rotation import Rotation
 

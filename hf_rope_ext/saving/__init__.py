@@ -1,1 +1,1 @@
-"""What a patched model leaves on disk, and how it comes back."""
+"""Saving a patched model, loading it again, and exporting it to other engines."""

@@ -1,4 +1,4 @@
-"""A PEFT adapter and the RoPE it was trained under, which its own files say nothing about."""
+"""PEFT adapters with the RoPE they were trained under, which their own files do not record."""
 
 import hashlib
 import json
@@ -15,34 +15,34 @@ from hf_rope_ext.rotary.installed import patch_of
 from hf_rope_ext.saving.record import apply_record, merge_records, require_known
 
 ADAPTER_RECORD = "hf_rope_ext.json"
-"""File beside a PEFT adapter that holds the record of the patch it was trained under."""
+"""File in the directory of a PEFT adapter that records the patch it was trained under."""
 
 BASE_WEIGHTS = "base_weights"
-"""Key of that file under which the weights of the base model are told from others."""
+"""Key in that file for the fingerprint of the base model's weights."""
 
 HASHED = 4096
 """How many numbers of each weight are hashed."""
 
 SOURCE = ("cache_dir", "force_download", "local_files_only", "revision", "subfolder", "token")
-"""Arguments of ``from_pretrained`` that say where files come from."""
+"""Arguments of ``from_pretrained`` that select files."""
 
 
 def save_record(
     model: nn.Module, directory: str | Path, weights: dict[str, str] | None = None
 ) -> None:
-    """Write the record of a patch beside a saved PEFT adapter.
+    """Write the record of a patch next to a saved PEFT adapter.
 
-    Does nothing for an unpatched model, or where no adapter was saved.
+    Does nothing if the model is unpatched or no adapter was saved.
 
     Args:
         model: The PEFT model.
-        directory: Where the adapter is.
-        weights: The base model's `weights_record`, where it can no longer be taken.
+        directory: Directory of the adapter.
+        weights: The `weights_record` of the base model, if it can no longer be computed.
     """
-    found = _record(model)
-    if found is None or not (Path(directory) / "adapter_config.json").is_file():
+    record = _record(model)
+    if record is None or not (Path(directory) / "adapter_config.json").is_file():
         return
-    record = {**found, BASE_WEIGHTS: weights or weights_record(model)}
+    record[BASE_WEIGHTS] = weights or weights_record(model)
     path = Path(directory) / ADAPTER_RECORD
     unfinished = path.with_suffix(".part")
     unfinished.write_text(json.dumps(record, indent=2) + "\n")
@@ -50,17 +50,16 @@ def save_record(
 
 
 def load_adapter(model: nn.Module, name_or_path: str | Path, **kwargs: Any) -> nn.Module:
-    """Put a saved PEFT adapter on a base model in memory, under the RoPE it was trained with.
+    """Load a PEFT adapter onto a base model in memory, under the RoPE it was trained with.
 
     Args:
-        model: The base model: unpatched, to be patched as the record says, or patched so already.
+        model: The base model, either unpatched, to be patched as recorded, or already patched so.
         name_or_path: Directory or hub id of the adapter.
         **kwargs: Passed to PEFT's ``from_pretrained``.
 
     Raises:
-        RopeError: If the base model is patched in another way, has another geometry or other
-            weights than the adapter was trained on, or the record is not understood. The model is
-            then as it was.
+        RopeError: If the base model has a different patch, geometry or weights than the adapter was
+            trained on, or the record is not readable. The model is then unchanged.
     """
     from peft import PeftModel
     from transformers.utils import cached_file
@@ -87,13 +86,13 @@ def load_adapter(model: nn.Module, name_or_path: str | Path, **kwargs: Any) -> n
 
 
 def weights_record(model: nn.Module) -> dict[str, str] | None:
-    """Return what tells the weights of a base model from others of the same shapes.
+    """Return a fingerprint that tells the weights of a base model from others of the same shapes.
 
-    Adapters do not count. Quantized weights, and those spread over devices or not loaded, have
-    none: they cannot be compared with the originals.
+    Adapters are ignored. Quantized, sharded or unloaded weights have none, since they cannot be
+    compared with the originals.
 
     Returns:
-        The dtype and a hash of the first numbers of every weight; None where there is none.
+        The dtype and a hash of the first numbers of every weight, or None.
     """
     from torch.distributed.tensor import DTensor
 
@@ -101,18 +100,19 @@ def weights_record(model: nn.Module) -> dict[str, str] | None:
     if hasattr(model, "get_base_model"):
         inner = inner.get_base_model()
     digest, dtypes = hashlib.sha256(), set()
-    own = {_original_name(name): part for name, part in inner.named_parameters()}
-    for name, part in sorted((name, part) for name, part in own.items() if name):
-        if part.is_meta or isinstance(part, DTensor) or not part.is_floating_point():
+    weights = {_original_name(name): weight for name, weight in inner.named_parameters()}
+    weights.pop("", None)
+    for name, weight in sorted(weights.items()):
+        if weight.is_meta or isinstance(weight, DTensor) or not weight.is_floating_point():
             return None
-        dtypes.add(str(part.dtype).removeprefix("torch."))
-        first = part.detach().flatten()[:HASHED].to("cpu").contiguous().view(torch.uint8)
+        dtypes.add(str(weight.dtype).removeprefix("torch."))
+        first = weight.detach().flatten()[:HASHED].to("cpu").contiguous().view(torch.uint8)
         digest.update(name.encode() + first.numpy().tobytes())
     return {"dtype": ",".join(sorted(dtypes)), "sha256": digest.hexdigest()}
 
 
 def _record(model: nn.Module) -> dict[str, Any] | None:
-    """Return the record of a patched model, as JSON gives it back."""
+    """Return the record of a patched model as it would be read from JSON."""
     patches = [patch for target in TARGETS if (patch := patch_of(model, target))]
     record = merge_records([patch.record for patch in patches])
     return json.loads(json.dumps(record))  # type: ignore[no-any-return]
@@ -128,38 +128,39 @@ def _read_record(path: Path) -> dict[str, Any]:
 
 
 def _require_same_patch(model: nn.Module, record: dict[str, Any], source: str | Path) -> None:
-    found = _record(model) or {}
+    current = _record(model) or {}
     differing = [
         name
-        for name in {**found, **record}
-        # the length asked for is a label: frequencies follow from the method
-        if name != "target_length" and found.get(name) != record.get(name)
+        for name in {**current, **record}
+        # target_length is only a label: the frequencies follow from the method
+        if name != "target_length" and current.get(name) != record.get(name)
     ]
     if differing:
         raise RopeError(
-            f"the adapter in {str(source)!r} does not fit this base model: "
+            f"the adapter in {str(source)!r} does not match this base model: "
             + "; ".join(
-                f"{name} was {record.get(name)!r} in training and is {found.get(name)!r} here"
+                f"{name} was {record.get(name)!r} in training and is {current.get(name)!r} here"
                 for name in differing
             )
-            + ". Load it with load_pretrained, or on the unpatched base model it was trained on."
+            + ". Load it with load_pretrained, or onto its unpatched base model."
         )
 
 
 def _require_same_weights(
     model: nn.Module, trained_on: dict[str, str] | None, source: str | Path
 ) -> None:
-    """Check weights of the same dtype; another dtype, or quantization, changes every number."""
-    found = weights_record(model)
-    if trained_on and found and found["dtype"] == trained_on["dtype"] and found != trained_on:
+    """Compare weights of equal dtype; casting or quantization changes every number."""
+    weights = weights_record(model)
+    same_dtype = trained_on and weights and weights["dtype"] == trained_on["dtype"]
+    if same_dtype and weights != trained_on:
         raise RopeError(
-            f"the adapter in {str(source)!r} was trained on a base model with other weights; give "
-            f"it that one."
+            f"the adapter in {str(source)!r} was trained on a base model with other weights; load "
+            f"it onto that one."
         )
 
 
 def _original_name(name: str) -> str:
-    """Return what a weight is called without PEFT, nothing for the weights of an adapter."""
+    """Return the name of a weight without PEFT's additions; empty for an adapter's weight."""
     if ".lora_" in name or ".modules_to_save." in name:
         return ""
     return name.replace(".base_layer.", ".").replace(".original_module.", ".")

@@ -1,8 +1,8 @@
-"""Say a patch in the words of other engines: a config to save, or flags to start them with.
+"""Translate a patch into another engine's configuration: config entries or command-line flags.
 
-The forms were read in the engines' own sources (vLLM 07b12f1, SGLang 108c36c, llama.cpp); those of
-transformers are tested against it, and llama.cpp's none, linear, ntk and yarn were compared on
-logits. Where an engine computes something else, a note says so.
+The forms follow the engines' sources (vLLM 07b12f1, SGLang 108c36c, llama.cpp). Those of
+transformers are tested against it; for llama.cpp, none, linear, ntk and yarn were compared on
+logits. Where an engine's computation differs, a note says so.
 """
 
 import json
@@ -13,6 +13,7 @@ from typing import Any
 
 from torch import nn
 
+from hf_rope_ext.checks import require_choice
 from hf_rope_ext.errors import ExportError
 from hf_rope_ext.geometry import RopeGeometry
 from hf_rope_ext.methods import NTK, Base, Linear, Method, NoScaling, NTKByParts, Yarn
@@ -26,14 +27,14 @@ from hf_rope_ext.saving.loading import skeleton
 
 @dataclass(frozen=True)
 class Export:
-    """What `export` returns.
+    """The result of `export`.
 
     Args:
         target: The engine.
-        config: Settings to change in the model's ``config.json``, nested as there; empty for
-            engines that do not read it.
-        flags: Command-line arguments for the engine; empty where the config is all.
-        notes: Where the engine computes something else, or needs something else.
+        config: Entries to change in the model's ``config.json``, nested as there; empty for engines
+            that do not read it.
+        flags: Command-line arguments of the engine; empty if the config suffices.
+        notes: Differences in the engine's computation, and other requirements.
     """
 
     target: str
@@ -55,29 +56,28 @@ def export(
     method: str | Method = "none",
     **arguments: Any,
 ) -> Export:
-    """Return what makes another engine compute what a patched model computes.
+    """Return the configuration that makes another engine equivalent to a patched model.
 
     Args:
         model_or_config: A patched model; or an unpatched model or its config, with the ``method``
-            it is to be extended by.
+            to extend it by.
         to: ``"transformers"``, ``"vllm"``, ``"sglang"`` or ``"llama.cpp"``.
-        frozen: Of a length-dependent method, export the plan that a request of this many
-            positions gets, for every length.
-        method: As in `patch_model`, of an unpatched model.
-        **arguments: As in `patch_model`, of an unpatched model.
+        frozen: For a length-dependent method, export the plan of a request of this many positions,
+            for use at every length.
+        method: As in `patch_model`, for an unpatched model.
+        **arguments: As in `patch_model`, for an unpatched model.
 
     Raises:
-        ExportError: If the engine cannot express the method, or is not known.
+        ExportError: If the engine is unknown or cannot express the method.
     """
-    if to not in TARGETS:
-        raise ExportError(f"unknown target {to!r}; known: {', '.join(TARGETS)}.")
+    require_choice("to", to, TARGETS, ExportError)
     model = model_or_config if isinstance(model_or_config, nn.Module) else None
     patch = None if model is None else patch_of(model)
     vision = None if model is None else patch_of(model, "vision")
     if vision is not None or arguments.get("target", "text") != "text":
         raise ExportError(
-            f"{to} has no words for the RoPE of a vision tower. Unpatch it, or save the model: "
-            f"stock transformers reads 'ntk' and 'base', and load_pretrained everything."
+            f"{to} has no setting for the RoPE of a vision tower. Unpatch it, or save the model: "
+            f"stock transformers loads 'ntk' and 'base', and load_pretrained every method."
         )
     if patch is not None:
         resolved = patch
@@ -100,7 +100,7 @@ def export(
 
 @dataclass(frozen=True)
 class _Settings:
-    """What every target needs."""
+    """The input of every target."""
 
     sites: list[RopeSite]
     method: Method
@@ -110,17 +110,17 @@ class _Settings:
 
     @property
     def site(self) -> RopeSite:
-        """The first site; engines know one method for the whole text model."""
+        """The first site; engines have one method for the whole text model."""
         return self.sites[0]
 
     def attributes(self, config: Config) -> dict[str, Any]:
-        """Return new attributes of one text config for stock transformers."""
-        own = [site for site in self.sites if site.config is config]
+        """Return the new attributes of a text config for stock transformers."""
+        sites = [site for site in self.sites if site.config is config]
         length = {"max_position_embeddings": self.length}
-        return {**length, **stock_attributes(own, self.method, self.temperature, length)}
+        return {**length, **stock_attributes(sites, self.method, self.temperature, length)}
 
     def changes(self) -> dict[str, Any]:
-        """Return changes to config.json, nested as there."""
+        """Return the changes to ``config.json``, nested as there."""
         changes: dict[str, Any] = {}
         for config in {id(site.config): site.config for site in self.sites}.values():
             inner = changes
@@ -130,7 +130,7 @@ class _Settings:
         return changes
 
     def engine_changes(self, engine: str) -> tuple[dict[str, Any], dict[str, Any]]:
-        """Return changes as vLLM and SGLang read them, and the ``rope_parameters`` among them.
+        """Return the changes as vLLM and SGLang read them, and the ``rope_parameters`` within them.
 
         Raises:
             ExportError: If the engine computes something else.
@@ -143,12 +143,12 @@ class _Settings:
         rope_type = parameters.get("rope_type", "nested by layer type")
         if "mrope_section" in parameters and rope_type not in ("default", "yarn"):
             raise ExportError(
-                f"{engine} applies mrope_section with rope_type 'default' and 'yarn' only, not "
+                f"{engine} applies mrope_section only with rope_type 'default' and 'yarn', not "
                 f"with {rope_type!r}, which {self.method.name} needs."
             )
         if rope_type == "dynamic":
             raise ExportError(
-                f"{engine}'s 'dynamic' is one static base, not transformers' dynamic; export the "
+                f"{engine}'s 'dynamic' is one static base, unlike transformers'; export the "
                 f"plan of one length with frozen=LENGTH."
             )
         inner["rope_parameters"] = parameters = _with_engine_temperature(parameters)
@@ -164,13 +164,13 @@ def _vllm(settings: _Settings) -> Export:
     rope_type = parameters.get("rope_type")
     notes = []
     if rope_type == "proportional":
-        raise ExportError("vLLM does not know rope_type 'proportional'.")
+        raise ExportError("vLLM does not support rope_type 'proportional'.")
     if rope_type == "longrope":
-        notes.append("vLLM picks one of longrope's lists when it starts, by --max-model-len.")
+        notes.append("vLLM selects one of longrope's lists at startup, by --max-model-len.")
     if rope_type == "yarn" and "mrope_section" in parameters:
         notes.append(
-            "vLLM computes YaRN's range of an M-RoPE model from 4 times the trained length; 4 "
-            "times beta_fast and beta_slow would undo it."
+            "for M-RoPE models vLLM computes YaRN's ramp from 4 times the trained length; "
+            "multiply beta_fast and beta_slow by 4 to compensate."
         )
     flags = ("--hf-overrides", json.dumps(changes), "--max-model-len", str(settings.length))
     return Export("vllm", changes, flags, tuple(notes))
@@ -184,7 +184,7 @@ def _sglang(settings: _Settings) -> Export:
 
 
 def _with_engine_temperature(parameters: dict[str, Any]) -> dict[str, Any]:
-    """Add the keys under which vLLM and SGLang read what transformers calls attention_factor."""
+    """Add the keys that vLLM and SGLang read in place of attention_factor."""
     if parameters.get("rope_type") == "longrope":
         scaling = parameters["attention_factor"]
         return {**parameters, "short_mscale": scaling, "long_mscale": scaling}
@@ -200,7 +200,7 @@ def _llama_cpp(settings: _Settings) -> Export:
     context = ("--ctx-size", str(settings.length))
     parameters = method.rope_parameters(geometry) or {}
     if geometry.rotated_pairs is not None and not isinstance(method, NoScaling):
-        raise ExportError("llama.cpp has no flags for a model whose slow pairs rest (p-RoPE).")
+        raise ExportError("llama.cpp has no flags for a model with unrotated pairs (p-RoPE).")
     if isinstance(method, NoScaling):
         return Export("llama.cpp", {}, context, ())
     if isinstance(method, NTK | Base) and "rope_theta" in parameters:
@@ -217,7 +217,7 @@ def _llama_cpp(settings: _Settings) -> Export:
             return _llama_cpp_yarn(method, geometry, context)
     raise ExportError(
         f"llama.cpp has no flags for {method.name}. Save the model for transformers and convert "
-        f"it: the converter writes llama3's and longrope's factors into the file."
+        f"that: the converter stores the factors of llama3 and longrope in the file."
     )
 
 
@@ -234,7 +234,7 @@ def _llama_cpp_yarn(method: NTKByParts, geometry: RopeGeometry, context: tuple[s
     ):
         if value != default:
             flags += [flag, repr(value)]
-            notes.append(f"{flag} is from llama.cpp's source and was not compared on logits.")
+            notes.append(f"{flag} follows llama.cpp's source; its logits were not compared.")
     return Export("llama.cpp", {}, (*flags, *context), tuple(notes))
 
 
@@ -249,7 +249,7 @@ def _root_config(model_or_config: nn.Module | Config) -> Config:
 
 
 def _path_to(root: Config, config: Config) -> list[str]:
-    """Return the names that lead from a whole config to one inside it."""
+    """Return the attribute names that lead from a whole config to one inside it."""
     if root is config:
         return []
     for name in getattr(root, "sub_configs", None) or {}:

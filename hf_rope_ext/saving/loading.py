@@ -1,4 +1,4 @@
-"""Load a model and re-apply the patch its config, or its adapter, was saved with."""
+"""Load a model, and apply the patch that its config or its adapter records."""
 
 from pathlib import Path
 from typing import Any
@@ -13,42 +13,42 @@ from hf_rope_ext.saving.adapters import SOURCE, load_adapter, save_record
 from hf_rope_ext.saving.record import apply_record, merge_records, require_known
 
 ROPE = ("rope_scaling", "rope_parameters")
-"""Where a config keeps its scaling, the older word first."""
+"""Config keys of the scaling, the older first."""
 INNER = ("thinker_config", "text_config")
-"""Where a config keeps that of its text model."""
+"""Config keys of a text config."""
 
 
 def load_pretrained(name_or_path: str | Path, **kwargs: Any) -> nn.Module:
     """Load a model, or a PEFT adapter with its base model, patched as it was when saved.
 
-    Without a record this is transformers' (or PEFT's) own loading. Any method can be restored,
-    those that transformers' config cannot express included.
+    Without a record this is plain transformers (or PEFT) loading. Every method can be restored,
+    including those that transformers' config cannot express.
 
     Args:
-        name_or_path: Directory or hub id of a model or of an adapter.
+        name_or_path: Directory or hub id of a model or an adapter.
         **kwargs: Passed to ``from_pretrained``.
 
     Raises:
-        RopeError: If there is nothing to load, or the record is not understood.
+        RopeError: If there is nothing to load, or the record is not readable.
     """
     adapter = Path(name_or_path) / "adapter_config.json"
     if adapter.is_file():
         return _load_adapter(Path(name_or_path), **kwargs)
     settings, record, as_found = _read_config(name_or_path, **kwargs)
-    own = None if as_found or "config" in kwargs else settings
-    model = _load_model(name_or_path, own, **kwargs)
+    changed = None if as_found or "config" in kwargs else settings
+    model = _load_model(name_or_path, changed, **kwargs)
     return model if record is None else apply_record(model, record)
 
 
 def save_pretrained(model: nn.Module, directory: str | Path, **kwargs: Any) -> None:
-    """Save a model, or a PEFT adapter together with the record of the patch under it.
+    """Save a model, or a PEFT adapter together with the record of its patch.
 
-    A plain model needs nothing but its own ``save_pretrained``: its config holds the record. A
-    PEFT adapter's files say nothing about RoPE, so the record goes beside them.
+    A plain model needs only its own ``save_pretrained``: its config holds the record. The files of
+    a PEFT adapter have no room for it, so it is saved next to them.
 
     Args:
         model: A patched model or the PEFT model around it.
-        directory: Where to.
+        directory: Where to save.
         **kwargs: Passed to the model's ``save_pretrained``.
     """
     model.save_pretrained(directory, **kwargs)  # type: ignore[operator]
@@ -56,16 +56,16 @@ def save_pretrained(model: nn.Module, directory: str | Path, **kwargs: Any) -> N
 
 
 def skeleton(config: Config) -> nn.Module:
-    """Return a model of this config without weights, on the meta device."""
+    """Build the model of a config without weights, on the meta device."""
     with torch.device("meta"):
         return _model_class(config)._from_config(config)  # type: ignore[no-any-return]
 
 
 def read_config(name_or_path: str | Path, **kwargs: Any) -> tuple[Config, dict[str, Any] | None]:
-    """Return a model's config as it was before a recorded patch, and the record.
+    """Return a model's config as before any recorded patch, and the record.
 
     Raises:
-        RopeError: If there is no config to read.
+        RopeError: If there is no readable config.
     """
     from transformers import AutoConfig
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
@@ -77,19 +77,19 @@ def read_config(name_or_path: str | Path, **kwargs: Any) -> tuple[Config, dict[s
 
 
 def load_unpatched(name_or_path: str | Path, *, device: str, dtype: str) -> tuple[nn.Module, Any]:
-    """Return a model as it was before any recorded patch, and its tokenizer.
+    """Load a model as before any recorded patch, and its tokenizer.
 
     Raises:
-        RopeError: If there is nothing to load, or no such dtype.
+        RopeError: If there is nothing to load, or the dtype is invalid.
     """
     from transformers import AutoTokenizer
 
-    number = getattr(torch, dtype, None)
-    if not isinstance(number, torch.dtype) or not number.is_floating_point:
+    torch_dtype = getattr(torch, dtype, None)
+    if not isinstance(torch_dtype, torch.dtype) or not torch_dtype.is_floating_point:
         raise RopeError(f"dtype must be float32, bfloat16 or float16, got {dtype!r}.")
     settings, _, _ = _read_config(name_or_path)
     try:
-        model = _load_model(name_or_path, settings, dtype=number)
+        model = _load_model(name_or_path, settings, dtype=torch_dtype)
         return model.to(device), AutoTokenizer.from_pretrained(name_or_path)
     except (OSError, ValueError, RuntimeError) as error:
         reason = str(error).splitlines()[0]
@@ -97,7 +97,7 @@ def load_unpatched(name_or_path: str | Path, *, device: str, dtype: str) -> tupl
 
 
 def load_processor(name_or_path: str | Path) -> Any:
-    """Return the processor of a model that takes images.
+    """Load the processor of a model that takes images.
 
     Raises:
         RopeError: If it has none, or it cannot be loaded.
@@ -105,21 +105,21 @@ def load_processor(name_or_path: str | Path) -> Any:
     from transformers import AutoProcessor, ProcessorMixin
 
     try:
-        found = AutoProcessor.from_pretrained(name_or_path)
+        processor = AutoProcessor.from_pretrained(name_or_path)
     except (OSError, ValueError, ImportError) as error:
         reason = " ".join(str(error).split())
         raise RopeError(f"cannot load a processor from {str(name_or_path)!r}: {reason}") from error
-    if not isinstance(found, ProcessorMixin):
+    if not isinstance(processor, ProcessorMixin):
         raise RopeError(f"{str(name_or_path)!r} has no processor, so it takes no images.")
-    return found
+    return processor
 
 
 def _read_config(
     name_or_path: str | Path, **kwargs: Any
 ) -> tuple[dict[str, Any], dict[str, Any] | None, bool]:
-    """Return the settings of a config, the record of a patch, and whether they are as found.
+    """Return the settings of a config, the record of a patch, and whether they are as saved.
 
-    They are not where they were put back to before the patch, or older words put in today's.
+    The settings are not as saved if a patch was reverted or legacy keys were replaced.
     """
     from transformers import PreTrainedConfig
 
@@ -135,7 +135,7 @@ def _read_config(
         ) from error
     if "model_type" not in settings:
         raise RopeError(
-            f"{str(name_or_path)!r} holds no config.json with a model_type, so it is no model."
+            f"{str(name_or_path)!r} is not a model: it has no config.json with a model_type."
         )
     records: list[dict[str, Any]] = []
     _restore(settings, records)
@@ -146,10 +146,10 @@ def _read_config(
 
 
 def _modernize(settings: dict[str, Any]) -> bool:
-    """Put M-RoPE as older checkpoints say it in today's words; return whether there was any.
+    """Replace legacy M-RoPE keys by current ones; return whether there were any.
 
-    They give ``"mrope"``, the layout, for the type of scaling, which transformers understands of
-    two families only; or they keep it beside the text config, where transformers looks past it.
+    Older checkpoints give the layout ``"mrope"`` as the type of scaling, which transformers accepts
+    for two families only, or keep it next to the text config, where transformers does not look.
     """
     older = False
     for name in ROPE:
@@ -163,13 +163,13 @@ def _modernize(settings: dict[str, Any]) -> bool:
             continue
         beside = [name for name in ROPE if _has_sections(settings.get(name))]
         if beside and not any(_has_sections(inner.get(name)) for name in ROPE):
-            own = {
+            rope = {
                 **(inner.pop("rope_parameters", None) or {}),
                 **(inner.get("rope_scaling") or {}),
             }
-            inner["rope_scaling"] = {**settings.pop(beside[0]), **own}
+            inner["rope_scaling"] = {**settings.pop(beside[0]), **rope}
             for key in ("rope_theta", "partial_rotary_factor"):
-                if key in settings and key not in own:
+                if key in settings and key not in rope:
                     inner.setdefault(key, settings.pop(key))
             older = True
         older = _modernize(inner) or older
@@ -177,7 +177,7 @@ def _modernize(settings: dict[str, Any]) -> bool:
 
 
 def _rope_dicts(rope: Any) -> list[dict[str, Any]]:
-    """Return the dictionaries of one scaling each, of which nested ones hold several."""
+    """Return the individual scalings; nested ``rope_parameters`` hold several."""
     if not isinstance(rope, dict):
         return []
     nested = [value for value in rope.values() if isinstance(value, dict)]
@@ -185,11 +185,11 @@ def _rope_dicts(rope: Any) -> list[dict[str, Any]]:
 
 
 def _has_sections(rope: Any) -> bool:
-    return any("mrope_section" in own for own in _rope_dicts(rope))
+    return any("mrope_section" in part for part in _rope_dicts(rope))
 
 
 def _restore(settings: dict[str, Any], records: list[dict[str, Any]]) -> None:
-    """Put the settings of a config, and of those inside it, back to before their patch."""
+    """Revert a config, and those inside it, to their settings before the patch."""
     record = settings.pop(RECORD, None)
     if record is not None:
         records.append(record)
@@ -214,7 +214,7 @@ def _load_model(
 
 
 def _load_adapter(directory: Path, **kwargs: Any) -> nn.Module:
-    """Load an adapter on its base model, which is patched first as the adapter's record says."""
+    """Load an adapter and its base model, patched as the record of the adapter says."""
     from peft import PeftConfig
 
     base = load_pretrained(PeftConfig.from_pretrained(directory).base_model_name_or_path, **kwargs)
@@ -222,14 +222,14 @@ def _load_adapter(directory: Path, **kwargs: Any) -> nn.Module:
 
 
 def _model_class(config: Config) -> Any:
-    """Return the class a checkpoint was saved from, else the causal language model's."""
+    """Return the class a checkpoint was saved from, or else the first that an auto class maps."""
     import transformers
 
     for name in getattr(config, "architectures", None) or ():
         if hasattr(transformers, name):
             return getattr(transformers, name)
     for auto in (
-        # first, since some whole configs are also listed with the class of their text model
+        # first, since some composite configs are also mapped to the class of their text model
         transformers.AutoModelForImageTextToText,
         transformers.AutoModelForMultimodalLM,
         transformers.AutoModelForCausalLM,
@@ -237,7 +237,7 @@ def _model_class(config: Config) -> Any:
         transformers.AutoModelForMaskedLM,
         transformers.AutoModel,
     ):
-        found = auto._model_mapping.get(type(config), None)
-        if found is not None:
-            return found[0] if isinstance(found, tuple | list) else found
+        model_class = auto._model_mapping.get(type(config), None)
+        if model_class is not None:
+            return model_class[0] if isinstance(model_class, tuple | list) else model_class
     raise RopeError(f"transformers has no model for model_type={config.model_type!r}.")

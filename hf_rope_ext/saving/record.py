@@ -1,4 +1,4 @@
-"""The record of a patch, as configs and adapters keep it: checked, read and applied."""
+"""Validate the record of a patch, which configs and adapters store, and apply it."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,7 +21,7 @@ def recorded_method(record: dict[str, Any]) -> Method:
 
 
 def merge_records(records: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
-    """Return the record of a model's text, with that of its vision inside, from those found."""
+    """Combine the records of a model's text and vision into one; None if there is none."""
     text = [record for record in records if record.get("target") != "vision"]
     vision = [record for record in records if record.get("target") == "vision"]
     if text and vision:
@@ -30,7 +30,7 @@ def merge_records(records: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
 
 
 def apply_record(model: nn.Module, record: dict[str, Any]) -> nn.Module:
-    """Patch a model as a record says."""
+    """Patch a model as recorded."""
     if "vision" in record:
         apply_record(model, record["vision"])
     layout, visual = record.get("mrope_layout"), record.get("visual_positions")
@@ -50,15 +50,15 @@ def apply_record(model: nn.Module, record: dict[str, Any]) -> nn.Module:
 
 
 def require_known(record: Any, source: str | Path) -> None:
-    """Check that a record is one this version wrote, or can read.
+    """Check that a record has a readable version.
 
     Raises:
-        RopeError: If it is not.
+        RopeError: If it has not.
     """
     if not isinstance(record, dict) or record.get("version") != RECORD_VERSION:
         raise RopeError(
             f"{str(source)!r} holds a RoPE record this version does not know "
-            f"({record!r}); install the hf-rope-ext that wrote it, or a newer one."
+            f"({record!r}); install the version of hf-rope-ext that wrote it, or a newer one."
         )
     missing = {"method", "original_max_position_embeddings", "temperature"} - record.keys()
     if missing:

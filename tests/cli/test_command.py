@@ -222,7 +222,7 @@ def test_plot_draws_curves(run, model, tmp_path):
         (("plan", "{model}", "--target", "4x", "--methods", "yarm"), "Did you mean 'yarn'"),
         (("export", "{model}", "--method", "yarn", "--factor", "0.5"), "at least 1, got 0.5"),
         (("export", "{model}", "--method", "yarn"), "yarn needs factor"),
-        (("export", "{model}", "--method", "yarn", "--factor", "4", "--to", "x"), "unknown target"),
+        (("export", "{model}", "--method", "yarn", "--factor", "4", "--to", "x"), "must be one of"),
         (("compare", "{model}"), "need a long text: --text FILE"),
         (("compare", "--tasks", "rope_vniah"), "has no processor"),
         (("compare", "{model}", "--text", "nowhere.txt"), "cannot read the text"),

@@ -8,7 +8,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from hf_rope_ext import MethodParameterError, UnknownMethodError, available_methods
+from hf_rope_ext import (
+    MethodParameterError,
+    UnknownMethodError,
+    available_methods,
+    methods,
+    patched,
+)
 from hf_rope_ext.geometry import RopeGeometry
 from hf_rope_ext.methods import (
     METHODS,
@@ -507,12 +513,18 @@ def test_only_modifiers_follow_a_plus():
         ("linear", {"factor": 4, "beta_fast": 32}, "linear has no knob 'beta_fast'"),
         ("none", {"factor": 4}, "none has no knob 'factor'"),
         ("base", {"rope_theta": 1}, "rope_theta must be a finite number greater than 1"),
-        ("proportional", {"partial_rotary_factor": 1.5}, "must be at most 1"),
+        ("proportional", {"partial_rotary_factor": 1.5}, "greater than 0 and at most 1, got 1.5"),
         ("giraffe", {}, "give power, truncated_length, or both"),
         ("longrope", {"factor": 4, "long_factor": "4"}, "long_factor must be a list"),
-        ("longrope", {"factor": 4, "long_factor": [1, 0]}, "finite numbers above 0"),
+        (
+            "longrope",
+            {"factor": 4, "long_factor": [1, 0]},
+            r"long_factor\[1\] must be a finite number greater than 0, got 0",
+        ),
         ("longrope", {"factor": 4, "long_factor": []}, "long_factor must be a list"),
         ("cope", {"clipped_pairs": 1}, "at least 2, got 1"),
+        ("cope", {"hard_clip": 1}, "hard_clip must be True or False, got 1"),
+        ("yarn", {"factor": 4, "truncate": "no"}, "truncate must be True or False, got 'no'"),
         ("ntk_mixed", {"factor": 2, "exponent": 0}, "exponent must be"),
     ],
 )
@@ -548,3 +560,26 @@ def test_a_record_makes_the_same_method_again(method):
 
 def test_the_registry_names_every_method_by_its_own_name():
     assert [cls.name for cls in METHODS.values()] == list(METHODS)
+
+
+@pytest.mark.parametrize("method", [Yarn(4), Resonance(Cope(Linear(2)))], ids=lambda it: it.name)
+def test_calling_a_method_patches_a_model_for_a_block(method):
+    model = tiny_llama()
+    tokens = torch.arange(1, 100)[None]
+    with torch.no_grad():
+        stock = model(tokens).logits
+        with patched(model, method, temperature="logits"):
+            expected = model(tokens).logits
+
+        with method(model, temperature="logits") as extended:
+            found = extended(tokens).logits
+
+        assert torch.equal(found, expected)
+        assert not torch.equal(found, stock)
+        assert torch.equal(model(tokens).logits, stock)
+
+
+def test_every_method_is_importable_by_its_class_name():
+    for cls in (*METHODS.values(), methods.Method, methods.Modifier, methods.PerAxis):
+        assert getattr(methods, cls.__name__) is cls
+        assert cls.__name__ in methods.__all__

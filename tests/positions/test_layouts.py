@@ -21,7 +21,7 @@ from hf_rope_ext import (
     patch_model,
     unpatch_model,
 )
-from hf_rope_ext.positions.layouts import LAYOUTS
+from hf_rope_ext.positions.layouts import LAYOUTS, LayoutRule
 
 pytestmark = pytest.mark.filterwarnings("ignore::hf_rope_ext.errors.RopeWarning")
 
@@ -41,16 +41,16 @@ OFFICIAL = {
 @pytest.mark.parametrize("name", NAMES)
 def test_pairs_have_the_axes_of_the_definition(name):
     section, axes = OFFICIAL[name]
-    assert "".join("thw"[row] for row in LAYOUTS[name](*section)) == axes
+    assert "".join("thw"[row] for row in LAYOUTS[name].assign(*section)) == axes
     pairs = axes if name != "mhrope" else "t" * 16 + "h" * 24 + "w" * 24
     turning = MRopeLayout(name).on(tuple(sorted(pairs, key="thw".index)), heads=8)
     assert "".join(turning.names[row] for row in turning.rows) == axes
 
 
 def test_sections_may_be_uneven():
-    assert "".join("thw"[row] for row in LAYOUTS["videorope"](1, 3, 1)) == "hwhht"
-    assert "".join("thw"[row] for row in LAYOUTS["interleaved"](1, 2, 1)) == "thwt"
-    assert "".join("thw"[row] for row in LAYOUTS["interleaved"](4, 2, 1)) == "thwthtt"
+    assert "".join("thw"[row] for row in LAYOUTS["videorope"].assign(1, 3, 1)) == "hwhht"
+    assert "".join("thw"[row] for row in LAYOUTS["interleaved"].assign(1, 2, 1)) == "thwt"
+    assert "".join("thw"[row] for row in LAYOUTS["interleaved"].assign(4, 2, 1)) == "thwthtt"
     assert MRopeLayout("mhrope").on("thhhhhhhw", heads=3).rows == (0, 1, 2)
 
 
@@ -63,7 +63,7 @@ def test_cosines_are_those_of_a_loop_over_pairs(model_type, name):
     rotation = text.rotary_emb.rotations[None]
     geometry = rotation.geometry
     counts = {"qwen2_5_vl": (2, 3, 3), "qwen3_vl": (4, 2, 2), "qwen3_5": (2, 1, 1)}
-    rows = LAYOUTS[name](*counts.get(model_type, (2, 3, 3)))
+    rows = LAYOUTS[name].assign(*counts.get(model_type, (2, 3, 3)))
     positions = torch.tensor([[[3, 70, 200]], [[5, 90, 100]], [[7, 50, 150]]])
 
     cos, _ = text.rotary_emb(torch.zeros(1, 3, 1), positions)
@@ -77,6 +77,18 @@ def test_cosines_are_those_of_a_loop_over_pairs(model_type, name):
                 frequency = 0.0
             angle = torch.tensor(position * frequency, dtype=torch.float64)
             assert abs(float(cos[0, token, step * pair]) - float(angle.cos())) < 1e-4
+
+
+def test_a_new_layout_is_one_entry(monkeypatch):
+    rule = LayoutRule(lambda t, h, w: (2,) * w + (1,) * h + (0,) * t, resting=1)
+    monkeypatch.setitem(LAYOUTS, "backwards", rule)
+    model = zoo.build("qwen3_vl")  # 4, 2 and 2 pairs
+
+    patch_model(model, "none", mrope_layout="backwards")
+
+    frequencies, _ = model.model.language_model.rotary_emb.plan(None, torch.tensor([[9]]))
+    assert (frequencies.flatten() == 0).tolist() == [False] * 2 + [True] * 2 + [False] * 4
+    assert describe(model).visual_positions is None
 
 
 def test_the_time_of_hope_rests_at_every_length():

@@ -355,7 +355,7 @@ def test_both_patches_are_saved_and_restored(method, tmp_path, capsys, monkeypat
     saved = AutoConfig.from_pretrained(tmp_path)
     assert saved.text_config.hf_rope_ext["method"]["name"] == "dynamic_yarn"
     assert saved.vision_config.hf_rope_ext["target"] == "vision"
-    with pytest.raises(ExportError, match="no words for the RoPE of a vision tower"):
+    with pytest.raises(ExportError, match="no setting for the RoPE of a vision tower"):
         export(loaded)
     monkeypatch.setattr(sys, "argv", ["hf-rope", "export", str(tmp_path)])
     with pytest.raises(SystemExit):
