@@ -67,7 +67,7 @@ def config_changes(
     settings: Mapping[str, Any],
     has_stock_form: bool = True,
 ) -> list[ConfigChange]:
-    """Return what the configs of a patched model shall say.
+    """Return the config changes of a patched model.
 
     Args:
         sites: The sites that the method extends.
