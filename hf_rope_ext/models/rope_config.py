@@ -59,14 +59,14 @@ def config_changes(
     settings: Mapping[str, Any],
     has_stock_form: bool = True,
 ) -> list[SetAttributes]:
-    """Return what the configs of a patched model shall say.
+    """Return the config changes of a patched model.
 
     Args:
         sites: The sites that the method extends.
-        method: What extends them.
-        target_length: The length asked for, None to go by the method.
+        method: The method that extends them.
+        target_length: The target length asked for; None for the method's own.
         temperature: ``"rotation"`` or ``"logits"``.
-        settings: What else the record needs for patching again.
+        settings: Further entries of the record.
         has_stock_form: Whether stock code turns the same pairs at the same positions.
     """
     changes = []

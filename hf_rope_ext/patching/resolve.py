@@ -261,7 +261,7 @@ def _method(arguments: PatchArguments, geometry: RopeGeometry) -> Method:
     }
     if isinstance(arguments.method, Method) and values:
         raise MethodParameterError(
-            f"{next(iter(values))} is set on the method object already ({arguments.method!r}); "
+            f"{next(iter(values))} is already set by the method object ({arguments.method!r}); "
             f"pass one or the other."
         )
     if isinstance(arguments.method, PerAxis):

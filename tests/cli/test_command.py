@@ -103,7 +103,7 @@ def test_plan_measures_a_request_with_images_and_videos(run, vision_model):
     assert "yarn" in out
     assert 'by axis: factor={"t": 1.703125, "h": 1.5, "w": 1.5}' in out
     assert "note: Qwen2.5-VL's model card advises against YaRN" in out
-    assert f"llama.cpp's --ctx-size must be {7 + 14 * (8 + 2) + 5 * 6 + 2}." in out
+    assert f"llama.cpp's --ctx-size to {7 + 14 * (8 + 2) + 5 * 6 + 2}." in out
     status, out, _ = run("plan", vision_model, *images, *video, "--images", 14, "--json")
     found = json.loads(out)
     assert found["factor"] == found["request"]["factor"] == 109 / 64

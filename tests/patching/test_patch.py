@@ -270,7 +270,7 @@ def test_generation_goes_on_to_the_new_length(llama):
             MethodParameterError,
             "each of the model's 8 pairs, got 7",
         ),
-        ({"method": Yarn(4), "factor": 4}, MethodParameterError, "set on the method object"),
+        ({"method": Yarn(4), "factor": 4}, MethodParameterError, "set by the method object"),
         ({"method": Yarn(4), "target_length": 100}, MethodParameterError, "contradicts"),
         ({"method": "dynamic", "target_length": 256}, MethodParameterError, "needs factor"),
         (
