@@ -128,10 +128,10 @@ def shifted_attention(
             f"sequence length that is a multiple of {2 * groups}."
         )
     size, half, straight = length // groups, length // groups // 2, heads - heads // 2
-    key, value = (repeat_kv(one, heads // key.shape[1]) for one in (key, value))
+    key, value = (repeat_kv(states, heads // key.shape[1]) for states in (key, value))
 
     def attend(heads: slice, start: int, stop: int, width: int) -> Tensor:
-        q, k, v = (one[:, heads, start:stop] for one in (query, key, value))
+        q, k, v = (states[:, heads, start:stop] for states in (query, key, value))
         mask = _spans(attention_mask, start, (stop - start) // width, width)
         return _attend(q, k, v, mask, width, dropout, scaling)
 
@@ -167,8 +167,8 @@ def _attend(
     """Attend within spans of ``width`` tokens; all tensors ``(batch, heads, seq, head_dim)``."""
     batch, spans = len(query), query.shape[2] // width
     folded = [
-        one.reshape(batch, -1, spans, width, one.shape[-1]).transpose(1, 2).flatten(0, 1)
-        for one in (query, key, value)
+        states.reshape(batch, -1, spans, width, states.shape[-1]).transpose(1, 2).flatten(0, 1)
+        for states in (query, key, value)
     ]
     out = functional.scaled_dot_product_attention(
         folded[0],

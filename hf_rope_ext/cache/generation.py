@@ -144,7 +144,7 @@ def _prepare(config: Any, model_kwargs: Mapping[str, Any], max_cache_length: int
 
 def _can_refill(plan: CachePlan, model_kwargs: Mapping[str, Any]) -> bool:
     """Return whether a cache can be refilled: not if it holds images that were not passed again."""
-    given = any(
+    passed_again = any(
         name.startswith("pixel_values") and model_kwargs[name] is not None for name in model_kwargs
     )
-    return given or plan.has_images is None or not bool(plan.has_images)
+    return passed_again or plan.has_images is None or not bool(plan.has_images)

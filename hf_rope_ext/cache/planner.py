@@ -45,14 +45,14 @@ class Planner:
             RopeError: If the cache was filled under another plan, or has outgrown its own and the
                 policy forbids that.
         """
-        given = {**dict(zip(self.parameters, args, strict=False)), **kwargs}
-        if given.get("cache") is not None:
+        arguments = {**dict(zip(self.parameters, args, strict=False)), **kwargs}
+        if arguments.get("cache") is not None:
             raise RopeError(
                 f"{self.method} cannot serve a paged cache, in which the rows of all requests are "
                 f"one; use generate, or a static method."
             )
-        cache = given.get(self.cache_name) if self.cache_name else None
-        call = self._call(model, cache, given.get("position_ids"), *_shape(given))
+        cache = arguments.get(self.cache_name) if self.cache_name else None
+        call = self._call(model, cache, arguments.get("position_ids"), *_shape(arguments))
         call.owner, call.outer = self, RUNNING.call
         RUNNING.call = call
 
@@ -137,8 +137,8 @@ class Planner:
         lengths = row_lengths(positions[-self.axes :]) + left
         assert plan.lengths is not None
         known = plan.lengths.to(lengths.device)
-        found = (lengths > known.clamp(min=plan.trained)).any()
-        return torch.maximum(lengths, known) if bool(found) else None
+        outgrown = (lengths > known.clamp(min=plan.trained)).any()
+        return torch.maximum(lengths, known) if bool(outgrown) else None
 
     def _first(self, cache: Any, tokens: int, limit: int | None) -> Call:
         """Return the first call of a request, which makes its plan."""
@@ -186,11 +186,11 @@ class Planner:
         plan.frequencies, plan.lengths, plan.capacity = frequencies, lengths, capacity
 
 
-def _shape(given: Mapping[str, Any]) -> tuple[int, int]:
+def _shape(arguments: Mapping[str, Any]) -> tuple[int, int]:
     """Return the number of rows of a call and of tokens in each."""
     for name in ("input_ids", "inputs_embeds", "decoder_input_ids", "input_values"):
-        if given.get(name) is not None:
-            return given[name].shape[0], given[name].shape[1]
+        if arguments.get(name) is not None:
+            return arguments[name].shape[0], arguments[name].shape[1]
     return 1, 0
 
 

@@ -156,11 +156,11 @@ def read_layout(model: nn.Module, rotaries: list[ExtendedRotary]) -> KeyLayout:
             "the loop in `planned(max_length)`."
         )
     reader = _Reader(model, rotaries)
-    found: dict[tuple[int, str], KeyRotation] = {}
+    layout: dict[tuple[int, str], KeyRotation] = {}
     try:
         for rotary in rotaries:
             for key, label in rotary.names().items():
-                found.update(reader.rotations_of(key, rotary.rotations[label].geometry.pairs))
+                layout.update(reader.rotations_of(key, rotary.rotations[label].geometry.pairs))
     except RopeError:
         raise
     except Exception as error:
@@ -168,7 +168,7 @@ def read_layout(model: nn.Module, rotaries: list[ExtendedRotary]) -> KeyLayout:
             f"could not run {type(model).__name__} on single tokens to measure how its cached "
             f"keys rotate ({type(error).__name__}: {error}); run the loop in `planned(max_length)`."
         ) from error
-    return found
+    return layout
 
 
 class _Reader:
@@ -189,32 +189,32 @@ class _Reader:
         """Return the rotations of all tensors that one set of frequencies rotates."""
         quarter = torch.full((pairs,), math.pi / 2)
         turned = self._run({key: quarter})
-        found = {}
+        moving = {}
         for name, raw in self.raw.items():
             moved = (turned[name] - raw).abs().amax(dim=0) > 1e-2 * raw.abs().amax(dim=0)
             if moved.any():
-                found[name] = moved
-        if not found:
+                moving[name] = moved
+        if not moving:
             return {}
         # read the index of each coordinate's frequency bit by bit: run once per bit, with a quarter
         # turn for the pairs whose index has it and none for the others
-        index = {name: torch.zeros(len(moved), dtype=torch.int64) for name, moved in found.items()}
+        index = {name: torch.zeros(len(moved), dtype=torch.int64) for name, moved in moving.items()}
         for bit in range(max(pairs - 1, 1).bit_length()):
             chosen = quarter * ((torch.arange(pairs) >> bit) & 1)
             state = self._run({key: chosen})
-            for name in found:
+            for name in moving:
                 index[name] += _nearer(state[name], turned[name], self.raw[name]).long() << bit
-        axis = {name: torch.zeros(len(moved), dtype=torch.int64) for name, moved in found.items()}
+        axis = {name: torch.zeros(len(moved), dtype=torch.int64) for name, moved in moving.items()}
         for number in range(1, self.axes):
             state = self._run({key: quarter}, axis=number)
-            for name in found:
+            for name in moving:
                 axis[name][_nearer(state[name], turned[name], self.raw[name])] = number
         doubled = self._run({key: quarter}, scaling=2.0)
         return {
             name: self._key_rotation(
                 key, moved, turned[name], self.raw[name], index[name], axis[name], doubled[name]
             )
-            for name, moved in found.items()
+            for name, moved in moving.items()
         }
 
     def _key_rotation(
@@ -272,13 +272,13 @@ class _Reader:
                 self.model.forward(**arguments)
         finally:
             RUNNING.call = outer
-        found = {}
+        cached = {}
         for index, layer in enumerate(cache.layers):
             for part in PARTS:
                 held = getattr(layer, part, None)
                 if isinstance(held, Tensor) and held.ndim == 4:
-                    found[index, part] = held.reshape(-1, held.shape[-1]).float().cpu()
-        return found
+                    cached[index, part] = held.reshape(-1, held.shape[-1]).float().cpu()
+        return cached
 
 
 def _nearer(state: Tensor, turned: Tensor, raw: Tensor) -> Tensor:

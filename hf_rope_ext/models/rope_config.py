@@ -229,7 +229,7 @@ def longrope_parameters(
 
 def unscaled_parameters(site: RopeSite) -> dict[str, Any]:
     """Return a site's ``rope_parameters`` without scaling, family-specific keys included."""
-    found = site.found
+    found = site.rope_scaling
     kept = {
         key: value
         for key, value in found.items()

@@ -36,7 +36,7 @@ class RopeSite:
         geometry: The trained geometry.
         inv_freq: The trained frequencies that the stock model uses, float32, on the CPU, in the
             family's order.
-        found: The scaling in force, as ``rope_parameters``; ``rope_type`` is ``"default"`` if the
+        rope_scaling: The scaling in force, as ``rope_parameters``; ``rope_type`` is ``"default"`` if the
             model is unscaled.
         rebuilt: Why ``inv_freq`` differs from the live buffer; None if it does not.
     """
@@ -45,7 +45,7 @@ class RopeSite:
     label: str | None
     geometry: RopeGeometry
     inv_freq: Tensor = field(repr=False)
-    found: Mapping[str, Any]
+    rope_scaling: Mapping[str, Any]
     rebuilt: str | None = None
 
     @property
@@ -188,7 +188,7 @@ def _verify(site: RopeSite, live: Tensor, stock: Tensor | None) -> RopeSite:
         site = replace(site, geometry=odd)
         expected = _in_order(site, odd)
     sound = expected.float() if stock is None else stock.float()
-    if live.is_meta or site.found["rope_type"] != "default":
+    if live.is_meta or site.rope_scaling["rope_type"] != "default":
         return replace(site, inv_freq=sound)
     if live.dtype == torch.float32 and _close(live.cpu(), expected):
         return replace(site, inv_freq=live.detach().cpu().clone())

@@ -76,20 +76,21 @@ def _window_advice(site: RopeSite, method: Method) -> str | None:
 
 
 def _dropped_key_advice(site: RopeSite) -> str | None:
-    if "attn_factor" not in site.found:
+    if "attn_factor" not in site.rope_scaling:
         return None
     return (
-        f"{site.path}: the config's attn_factor={site.found['attn_factor']!r} is dropped, "
+        f"{site.path}: the config's attn_factor={site.rope_scaling['attn_factor']!r} is dropped, "
         f"because transformers never reads it. Pass attention_factor to set the temperature."
     )
 
 
 def _section_advice(site: RopeSite) -> str | None:
-    own, pairs = mrope_section_of(site.rotary, site.label), site.geometry.pairs
-    if not own or sum(own) == pairs:
+    section, pairs = mrope_section_of(site.rotary, site.label), site.geometry.pairs
+    if not section or sum(section) == pairs:
         return None
     return (
-        f"{site.path}: mrope_section {list(own)!r} covers {sum(own)} pairs, but {pairs} rotate; "
+        f"{site.path}: mrope_section {list(section)!r} covers {sum(section)} pairs, but {pairs} "
+        f"rotate; "
         f"stock code accepts this and assigns pairs to axes differently than intended. Check the "
         f"config: where the key is lost, the config class's default applies."
     )

@@ -116,7 +116,9 @@ class Description:
         for site in self.sites:
             slowdown = site.largest_slowdown
             table.add_row(
-                " ".join([site.path, *(f"[{one}]" for one in (site.layer_type, site.axis) if one)]),
+                " ".join(
+                    [site.path, *(f"[{label}]" for label in (site.layer_type, site.axis) if label)]
+                ),
                 site.scaling,
                 f"{site.base:g}",
                 f"{site.rotary_dim}/{site.head_dim or '?'}",
@@ -251,7 +253,8 @@ def _patched(
     return [
         _entry(
             site,
-            method_record(own)["name"] + (" (follows the request)" if own.length_dependent else ""),
+            method_record(axis_method)["name"]
+            + (" (follows the request)" if axis_method.length_dependent else ""),
             live,
             float(scaling),
             logit_factors=(intended**2, effective),
@@ -259,7 +262,7 @@ def _patched(
             axis=axis,
             names=resolved.axes,
         )
-        for axis, own in by_axis.items()
+        for axis, axis_method in by_axis.items()
     ]
 
 
@@ -268,7 +271,7 @@ def _unpatched(site: RopeSite) -> SiteDescription:
     scaling = float(site.rotary.scaling(site.label))
     return _entry(
         site,
-        str(site.found["rope_type"]),
+        str(site.rope_scaling["rope_type"]),
         live,
         scaling,
         logit_factors=(scaling**2, effective_logit_factor(site, scaling)),
@@ -319,8 +322,8 @@ def _slowdown(
     turning = (site.inv_freq > 0).expand_as(slowdown)
     if axis is not None and slowdown.ndim == 1:
         order = site.pair_order or range(site.geometry.pairs)
-        own = torch.tensor([(site.geometry.axes or ())[pair] == axis for pair in order])
-        return slowdown[own], turning[own]
+        chosen = torch.tensor([(site.geometry.axes or ())[pair] == axis for pair in order])
+        return slowdown[chosen], turning[chosen]
     if slowdown.ndim == 2:  # frequencies by axis, equal where there is one method
         row = 0 if axis is None else names.index(axis)
         return slowdown[row], turning[row]

@@ -46,9 +46,9 @@ class PlacedIndex(StandIn):
             RopeError: If the model's own positions do not follow its known rule.
         """
         positions, _ = self.stock(*args, **kwargs)
-        given = self.__signature__.bind(*args, **kwargs).arguments
-        ids, mask = given["input_ids"], given.get("attention_mask")
-        visual = self._visual(ids, given.get("mm_token_type_ids"))
+        arguments = self.__signature__.bind(*args, **kwargs).arguments
+        ids, mask = arguments["input_ids"], arguments.get("attention_mask")
+        visual = self._visual(ids, arguments.get("mm_token_type_ids"))
         placed = place_visual_tokens(
             positions,
             visual,

@@ -54,13 +54,13 @@ def probe_towers(sites: Iterable[RopeSite], rotaries: Mapping[str, ExtendedRotar
         method, trained = rotary.rotations[None].method, site.geometry
         last = (method.target_length(trained) or trained.original_max_position_embeddings) - 1
         for axis, used in enumerate(pairs_by_axis(site)):
-            own = frequencies[axis] if frequencies.ndim == 2 else frequencies
+            inv_freq = frequencies[axis] if frequencies.ndim == 2 else frequencies
             for position in {1, trained.original_max_position_embeddings, max(last, 1)}:
-                point = torch.zeros(len(tower_axes(site)), device=own.device)
+                point = torch.zeros(len(tower_axes(site)), device=inv_freq.device)
                 point[axis] = position
-                expected = (position * own[used].double()).cos() * scaling
+                expected = (position * inv_freq[used].double()).cos() * scaling
                 places = shape_position(site.rotary.original, point)
-                cos, _ = rotary(torch.zeros(1, 1, 1, device=own.device), places)
+                cos, _ = rotary(torch.zeros(1, 1, 1, device=inv_freq.device), places)
                 _require_angles(site.path, rotary, position, expected, cos.flatten().double())
 
 
@@ -79,15 +79,17 @@ def probe_attention(
         ProbeError: If it never does, or the model cannot be run this way.
     """
     for runners in innermost_models(model, rotaries):
-        own = [rotary for rotary in rotaries.values() if rotary in list(runners[0].modules())]
+        watched = [rotary for rotary in rotaries.values() if rotary in list(runners[0].modules())]
         failures = []
-        device = next(own[0].buffers()).device
+        device = next(watched[0].buffers()).device
         attempts = [
-            (part, given) for part in runners for given in (inputs or arguments_for)(part, device)
+            (part, arguments)
+            for part in runners
+            for arguments in (inputs or arguments_for)(part, device)
         ]
         for runner, arguments in attempts:
             try:
-                with _poisoned(own), _quiet(device), _Watch(own):
+                with _poisoned(watched), _quiet(device), _Watch(watched):
                     # inside a compiled model nothing could be observed
                     (runner.forward if runner._compiled_call_impl else runner)(**arguments)
             except _ReachedError:
@@ -123,15 +125,15 @@ def _check_angles(path: str, rotary: ExtendedRotary, label: str | None, rotation
             if isinstance(scaling, float)
             else (angles.cos() * scaling.reshape(-1).double())
         )
-        found = _values(rotary, label, position_ids)
-        _require_angles(path, rotary, position, expected, found)
+        values = _values(rotary, label, position_ids)
+        _require_angles(path, rotary, position, expected, values)
 
 
 def _require_angles(
-    path: str, rotary: ExtendedRotary, position: int, expected: Tensor, found: Tensor
+    path: str, rotary: ExtendedRotary, position: int, expected: Tensor, values: Tensor
 ) -> None:
     """Check that every expected cosine is among the numbers found."""
-    distance = (expected[:, None] - found[None, :].to(expected.device)).abs().amin(dim=1)
+    distance = (expected[:, None] - values[None, :].to(expected.device)).abs().amin(dim=1)
     # float32 rounds an angle by up to 2 ** -24 of itself
     if not (distance <= 1e-3 + 4e-7 * position).all():
         raise ProbeError(

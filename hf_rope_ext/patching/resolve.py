@@ -86,11 +86,11 @@ class PatchArguments:
     @classmethod
     def from_keywords(cls, method: str | Method, **arguments: Any) -> "PatchArguments":
         """Return the arguments from keywords that include the method's knobs."""
-        own = {name for name in cls.__dataclass_fields__ if name not in ("method", "knobs")}
+        names = {name for name in cls.__dataclass_fields__ if name not in ("method", "knobs")}
         return cls(
             method,
-            **{name: value for name, value in arguments.items() if name in own},
-            knobs={name: value for name, value in arguments.items() if name not in own},
+            **{name: value for name, value in arguments.items() if name in names},
+            knobs={name: value for name, value in arguments.items() if name not in names},
         )
 
 
@@ -205,10 +205,10 @@ def _resolve_vision(arguments: PatchArguments, model: nn.Module) -> Resolved:
     )
 
 
-def _layout(given: str | MRopeLayout | None) -> MRopeLayout | None:
-    if given is None or isinstance(given, MRopeLayout):
-        return given
-    return MRopeLayout(given)
+def _layout(layout: str | MRopeLayout | None) -> MRopeLayout | None:
+    if layout is None or isinstance(layout, MRopeLayout):
+        return layout
+    return MRopeLayout(layout)
 
 
 def _turning(site: RopeSite, layout: MRopeLayout | None) -> AppliedLayout | None:
@@ -236,21 +236,21 @@ def _turned(site: RopeSite, turning: AppliedLayout | None) -> RopeSite:
     return replace(site, geometry=replace(site.geometry, axes=axes))
 
 
-def _visual(given: VisualPositions | None, axes: tuple[str, ...]) -> VisualPositions | None:
+def _visual(rule: VisualPositions | None, axes: tuple[str, ...]) -> VisualPositions | None:
     """Check the rule for visual tokens."""
-    if given is None:
+    if rule is None:
         return None
-    if not isinstance(given, VisualPositions):
+    if not isinstance(rule, VisualPositions):
         raise MethodParameterError(
-            f"visual_positions must be a VisualPositions, got {given!r}: "
+            f"visual_positions must be a VisualPositions, got {rule!r}: "
             f"visual_positions=VisualPositions(factor={{'t': 4}})."
         )
     if len(axes) < 2:
         raise MethodParameterError(
             "visual_positions is for models with M-RoPE; the positions of this one have one axis."
         )
-    given.factors(axes)
-    return given
+    rule.factors(axes)
+    return rule
 
 
 def _method(arguments: PatchArguments, geometry: RopeGeometry) -> Method:
@@ -309,10 +309,10 @@ def _stretches(name: str) -> bool:
 
 
 def _require_agreement(method: Method, geometry: RopeGeometry, target: int | None) -> None:
-    own = method.target_length(geometry)
-    if target is not None and own is not None and own != target:
+    implied = method.target_length(geometry)
+    if target is not None and implied is not None and implied != target:
         raise MethodParameterError(
-            f"target_length={target} contradicts {method!r}, which is for {own} positions on a "
+            f"target_length={target} contradicts {method!r}, which is for {implied} positions on a "
             f"trained length of {geometry.original_max_position_embeddings}; give one of the two."
         )
 
@@ -396,18 +396,20 @@ def _require_per_request(site: RopeSite, method: Method, temperature: str) -> No
 
 def _require_ready(site: RopeSite, arguments: PatchArguments) -> None:
     """Refuse a site that is already scaled, or whose trained length is unknown."""
-    rope_type = site.found["rope_type"]
+    rope_type = site.rope_scaling["rope_type"]
     if rope_type != "default" and not arguments.replace:
-        unused = " (set after loading, so it has no effect)" if site.found.get("edited") else ""
+        unused = (
+            " (set after loading, so it has no effect)" if site.rope_scaling.get("edited") else ""
+        )
         raise AlreadyScaledError(
             f"{site.path}: the model's own config already scales its RoPE{unused}: "
-            f"{dict(site.found)!r}. Nothing was changed; pass replace=True to start from the "
+            f"{dict(site.rope_scaling)!r}. Nothing was changed; pass replace=True to start from the "
             f"unscaled rope_theta."
         )
     if site.geometry.original_max_position_embeddings < 2:
         raise MethodParameterError(
             f"{site.path}: the config does not give the trained length "
-            f"({dict(site.found)!r}); pass original_max_position_embeddings."
+            f"({dict(site.rope_scaling)!r}); pass original_max_position_embeddings."
         )
 
 

@@ -101,7 +101,7 @@ def text_site(config: Config, original_max_position_embeddings: int | None = Non
     )[0]
     if not site.geometry.original_max_position_embeddings:
         raise RopeError(
-            f"the trained length is not in the config ({dict(site.found)!r}); give "
+            f"the trained length is not in the config ({dict(site.rope_scaling)!r}); give "
             f"original_max_position_embeddings."
         )
     return read_axes(site)
@@ -279,7 +279,7 @@ def _inspect(site: RopeSite) -> Inspection:
         model_type=site.config.model_type,
         path=site.path,
         layer_type=site.label,
-        scaling=dict(site.found),
+        scaling=dict(site.rope_scaling),
         rope_theta=geometry.base,
         rotary_dim=geometry.rotary_dim,
         head_dim=geometry.head_dim,

@@ -29,10 +29,10 @@ def read_axes(site: RopeSite) -> RopeSite:
     try:
         turned = read_pairs(site, places)
     except RuntimeError as error:
-        own, pairs = mrope_section_of(site.rotary, site.label), site.geometry.pairs
+        section, pairs = mrope_section_of(site.rotary, site.label), site.geometry.pairs
         raise UnsupportedModelError(
-            f"{site.path}: mrope_section {list(own)!r} is for {sum(own)} pairs, but {pairs} turn, "
-            f"so the model itself cannot run ({error}). Nothing was changed; put the model's own "
+            f"{site.path}: mrope_section {list(section)!r} covers {sum(section)} pairs, but {pairs} "
+            f"rotate, so the model cannot run ({error}). Nothing was changed; put the model's own "
             f"mrope_section into its config."
         ) from error
     return assign_axes(site, dict(zip(names, turned, strict=True)))
@@ -66,13 +66,13 @@ def read_pairs(site: RopeSite, places: Iterable[Tensor]) -> list[list[int]]:
     rotation = Rotation(NoScaling(), site.geometry, site.inv_freq)
     rotary = ExtendedRotary(site.rotary.original, {site.label: rotation}, None)
     layer_type = () if site.label is None else (site.label,)
-    found = []
+    indices = []
     for place in places:
         x = torch.zeros(1, 1, 1)
         cos, _ = rotary.run_family_forward(site.label, cosines.acos(), 1.0, x, place, *layer_type)
         turned = (cosines[:, None] - cos.flatten()[None, :]).abs().amin(dim=1) < 1e-4
-        found.append(turned.nonzero().flatten().tolist())
-    return found
+        indices.append(turned.nonzero().flatten().tolist())
+    return indices
 
 
 def axis_names(rotary: Rotary, label: str | None) -> tuple[str, ...]:
@@ -80,13 +80,13 @@ def axis_names(rotary: Rotary, label: str | None) -> tuple[str, ...]:
     family = rotary.family
     if not hasattr(rotary.original, "mrope_section"):
         return family.axes or ("position",)
-    found = mrope_section_of(rotary, label)
-    return (family.axes or AXES)[-len(found) :] if found else ("position",)
+    section = mrope_section_of(rotary, label)
+    return (family.axes or AXES)[-len(section) :] if section else ("position",)
 
 
 def mrope_section_of(rotary: Rotary, label: str | None) -> tuple[int, ...]:
     """Return the module's number of pairs per axis; empty for one-dimensional positions."""
-    found: Any = getattr(rotary.original, "mrope_section", None)
-    if isinstance(found, dict):
-        found = found[label]
-    return tuple(found or ())
+    section: Any = getattr(rotary.original, "mrope_section", None)
+    if isinstance(section, dict):
+        section = section[label]
+    return tuple(section or ())

@@ -41,9 +41,9 @@ class PerHead(Tensor):
         if func in (torch.unsqueeze, Tensor.unsqueeze):
             return args[0]
         if func in (torch.mul, Tensor.mul, Tensor.__mul__, Tensor.__rmul__):
-            one, other = args
-            if isinstance(one, Tensor) and isinstance(other, Tensor):
-                mine, theirs = (one, other) if isinstance(one, cls) else (other, one)
+            left, right = args
+            if isinstance(left, Tensor) and isinstance(right, Tensor):
+                mine, theirs = (left, right) if isinstance(left, cls) else (right, left)
                 groups = theirs.shape[1] // mine.shape[1]
                 plain = mine.as_subclass(Tensor).repeat_interleave(groups, dim=1)
                 return plain * theirs

@@ -171,12 +171,12 @@ def smallest_images(tower: nn.Module, device: torch.device) -> list[dict[str, An
 
     if "grid_thw" in accepted:
         name = "pixel_values" if "pixel_values" in accepted else "hidden_states"
-        given: dict[str, Any] = {"grid_thw": torch.tensor([[1, 4, 4]], device=device)}
+        inputs: dict[str, Any] = {"grid_thw": torch.tensor([[1, 4, 4]], device=device)}
         if "merge_sizes" in accepted:
-            given["merge_sizes"] = torch.tensor([2], device=device)
+            inputs["merge_sizes"] = torch.tensor([2], device=device)
         shapes: list[tuple[int, ...]] = [(16, frames * channels * side**2) for frames in (2, 1)]
         shapes += [(16, channels, side, side), (1, 16, channels, side, side)]
-        return [{name: zeros(*shape), **given} for shape in shapes]
+        return [{name: zeros(*shape), **inputs} for shape in shapes]
     if "pixel_position_ids" in accepted:
         places = torch.cartesian_prod(torch.arange(4), torch.arange(4)).to(device)[None]
         return [{"pixel_values": zeros(1, 16, channels * side**2), "pixel_position_ids": places}]
