@@ -36,8 +36,8 @@ class RopeSite:
         geometry: The trained geometry.
         inv_freq: The trained frequencies that the stock model uses, float32, on the CPU, in the
             family's order.
-        rope_scaling: The scaling in force, as ``rope_parameters``; ``rope_type`` is ``"default"`` if the
-            model is unscaled.
+        rope_scaling: The scaling in force, as ``rope_parameters``; ``rope_type`` is ``"default"``
+            if the model is unscaled.
         rebuilt: Why ``inv_freq`` differs from the live buffer; None if it does not.
     """
 

@@ -403,8 +403,8 @@ def _require_ready(site: RopeSite, arguments: PatchArguments) -> None:
         )
         raise AlreadyScaledError(
             f"{site.path}: the model's own config already scales its RoPE{unused}: "
-            f"{dict(site.rope_scaling)!r}. Nothing was changed; pass replace=True to start from the "
-            f"unscaled rope_theta."
+            f"{dict(site.rope_scaling)!r}. Nothing was changed; pass replace=True to start from "
+            f"the unscaled rope_theta."
         )
     if site.geometry.original_max_position_embeddings < 2:
         raise MethodParameterError(

@@ -31,9 +31,9 @@ def read_axes(site: RopeSite) -> RopeSite:
     except RuntimeError as error:
         section, pairs = mrope_section_of(site.rotary, site.label), site.geometry.pairs
         raise UnsupportedModelError(
-            f"{site.path}: mrope_section {list(section)!r} covers {sum(section)} pairs, but {pairs} "
-            f"rotate, so the model cannot run ({error}). Nothing was changed; put the model's own "
-            f"mrope_section into its config."
+            f"{site.path}: mrope_section {list(section)!r} covers {sum(section)} pairs, but "
+            f"{pairs} rotate, so the model cannot run ({error}). Nothing was changed; put the "
+            f"model's own mrope_section into its config."
         ) from error
     return assign_axes(site, dict(zip(names, turned, strict=True)))
 

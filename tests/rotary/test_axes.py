@@ -318,14 +318,14 @@ def test_sections_of_another_width_are_warned_about():
     """Interleaved layouts take any sections, such as a default that stands in for lost ones."""
     model = zoo.build("qwen3_vl")
     model.model.language_model.rotary_emb.mrope_section = [24, 20, 20]
-    with pytest.warns(RopeWarning, match=r"\[24, 20, 20\] is for 64 pairs, but 8 turn"):
+    with pytest.warns(RopeWarning, match=r"\[24, 20, 20\] covers 64 pairs, but 8 rotate"):
         patch_model(model, "yarn", factor=2)
 
 
 def test_sections_that_stop_the_model_itself_are_one_error():
     model = zoo.build("qwen2_5_vl")
     model.model.language_model.rotary_emb.mrope_section = [16, 24, 24]
-    with pytest.raises(RopeError, match=r"\[16, 24, 24\] is for 64 pairs, but 8 turn"):
+    with pytest.raises(RopeError, match=r"\[16, 24, 24\] covers 64 pairs, but 8 rotate"):
         patch_model(model, "yarn", factor=2)
 
 
