@@ -6,6 +6,7 @@ import pytest
 import torch
 import zoo
 from conftest import TRAINED, logits, relative, tiny_llama
+from method_knobs import NOT_STOCK, knobs
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM
 
@@ -20,24 +21,8 @@ from hf_rope_ext import (
     unpatch_model,
 )
 
-KNOBS = {
-    "none": {},
-    "base": {"rope_theta": 1e5},
-    "cope": {},
-    "giraffe": {"power": 0.5},
-    "longrope": {"factor": 4, "long_factor": [4.0] * 8},
-    "proportional": {"partial_rotary_factor": 0.5},
-    "resonance": {},
-}
-PER_REQUEST = {"dynamic_linear", "dynamic_ntk", "dynamic_yarn"}
-
-
-def knobs(name):
-    return KNOBS.get(name, {"factor": 4})
-
-
 EXPRESSIBLE = [
-    *((name, knobs(name)) for name in available_methods() if name not in PER_REQUEST),
+    *((name, knobs(name)) for name in available_methods() if name not in NOT_STOCK),
     ("yarn", {"factor": 2.7}),  # not the ratio of two lengths
     ("yarn", {"factor": 4, "attention_factor": 1.0}),
     ("yarn", {"factor": 4, "truncate": False, "beta_fast": 16}),
@@ -88,7 +73,7 @@ def test_loading_restores_any_method_bit_for_bit(name, llama, ids, tmp_path, cau
     assert torch.equal(logits(loaded, ids), logits(tiny_llama(), ids))
 
 
-@pytest.mark.parametrize("name", sorted(PER_REQUEST))
+@pytest.mark.parametrize("name", NOT_STOCK)
 def test_a_stock_reader_stops_rather_than_run_an_unscaled_model(name, llama, tmp_path):
     patch_model(llama, name, factor=4)
     llama.save_pretrained(tmp_path)
