@@ -1,3 +1,5 @@
+"""The frequencies of each method, against its paper and against stock transformers."""
+
 import math
 
 import numpy as np
@@ -9,27 +11,23 @@ from hypothesis import strategies as st
 from method_knobs import FACTOR_ONLY, PER_REQUEST, knobs
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from hf_rope_ext import MethodParameterError, UnknownMethodError, available_methods
+from hf_rope_ext import MethodParameterError, available_methods
 from hf_rope_ext.geometry import RopeGeometry
 from hf_rope_ext.methods import (
     METHODS,
     NTK,
     Cope,
     Dynamic,
-    DynamicYarn,
     Giraffe,
     Linear,
     Llama3,
     LongRope,
     Modifier,
     NTKByParts,
-    NTKFixed,
-    NTKMixed,
     Proportional,
     Resonance,
     Yarn,
     make_method,
-    method_record,
 )
 
 # measured on checkpoints' configs: head_dim, rope_theta, trained length
@@ -443,96 +441,8 @@ def test_every_method_is_finite_on_every_geometry(geometry, factor, power, share
             assert torch.as_tensor(plan.attention_scaling).isfinite().all()
 
 
-def test_names_are_forgiving_about_case_hyphens_and_aliases():
-    assert make_method("PI", factor=2) == Linear(2)
-    assert make_method("p-rope", partial_rotary_factor=0.5) == Proportional(
-        partial_rotary_factor=0.5
-    )
-    assert make_method("Dynamic-YaRN", factor=2) == DynamicYarn(2)
-    assert make_method("abf", rope_theta=1e6).name == "base"
-
-
-def test_an_unknown_name_lists_the_known_ones_and_the_nearest():
-    with pytest.raises(UnknownMethodError, match=r"'yarm'.*Did you mean 'yarn'\?.*linear"):
-        make_method("yarm", factor=2)
-
-
-@pytest.mark.parametrize("name", [None, 4, ["yarn"]])
-def test_a_name_that_is_no_name_is_refused(name):
-    with pytest.raises(UnknownMethodError, match="a method is a name"):
-        make_method(name)
-
-
-def test_modifiers_compose_and_take_their_own_knobs():
-    method = make_method("yarn+cope+resonance", factor=4, clipped_pairs=8)
-
-    assert method == Resonance(Cope(Yarn(4), clipped_pairs=8))
-
-
-def test_only_modifiers_follow_a_plus():
-    with pytest.raises(UnknownMethodError, match="only 'cope' and 'resonance' can follow"):
-        make_method("yarn+linear", factor=4)
-
-
-@pytest.mark.parametrize(
-    ("name", "values", "message"),
-    [
-        ("yarn", {"factor": 0.5}, "factor must be a finite number at least 1, got 0.5"),
-        ("yarn", {"factor": "4"}, "factor must be a finite number at least 1, got '4'"),
-        ("yarn", {"factor": True}, "got True"),
-        ("yarn", {"factor": math.nan}, "got nan"),
-        ("yarn", {"factor": math.inf}, "got inf"),
-        ("yarn", {}, r"yarn needs factor \(or target_length\)"),
-        ("yarn", {"factor": 4, "beta_quick": 3}, "no knob 'beta_quick'.*Did you mean"),
-        ("yarn", {"factor": 4, "attn_factor": 1.0}, "Did you mean 'attention_factor'"),
-        ("yarn", {"factor": 4, "beta_fast": 1, "beta_slow": 2}, "beta_fast must be greater"),
-        ("yarn", {"factor": 4, "beta_slow": 0}, "beta_slow must be .* greater than 0"),
-        ("yarn", {"factor": 4, "mscale": 1.0}, "mscale and mscale_all_dim only work together"),
-        ("yarn", {"factor": 4, "ramp": "log"}, "ramp must be one of 'index', 'rotation'"),
-        ("yarn", {"factor": 4, "blend": "geometric"}, "blend must be one of"),
-        ("llama3", {"factor": 4, "low_freq_factor": 4}, "high_freq_factor must be greater"),
-        ("linear", {"factor": 4, "beta_fast": 32}, "linear has no knob 'beta_fast'"),
-        ("none", {"factor": 4}, "none has no knob 'factor'"),
-        ("base", {"rope_theta": 1}, "rope_theta must be a finite number greater than 1"),
-        ("proportional", {"partial_rotary_factor": 1.5}, "must be at most 1"),
-        ("giraffe", {}, "give power, truncated_length, or both"),
-        ("longrope", {"factor": 4, "long_factor": "4"}, "long_factor must be a list"),
-        ("longrope", {"factor": 4, "long_factor": [1, 0]}, "finite numbers above 0"),
-        ("longrope", {"factor": 4, "long_factor": []}, "long_factor must be a list"),
-        ("cope", {"clipped_pairs": 1}, "at least 2, got 1"),
-        ("ntk_mixed", {"factor": 2, "exponent": 0}, "exponent must be"),
-    ],
-)
-def test_bad_knobs_name_the_knob_the_value_and_what_is_allowed(name, values, message):
-    with pytest.raises(MethodParameterError, match=message):
-        make_method(name, **values)
-
-
 def test_lists_of_the_wrong_length_are_refused_when_the_model_is_known():
     with pytest.raises(MethodParameterError, match="each of the model's 64 pairs, got 3"):
         LongRope(4, [1.0, 2.0, 3.0]).plan(LLAMA2)
     with pytest.raises(MethodParameterError, match="at most the model's 8 pairs, got 9"):
         Cope(clipped_pairs=9).plan(RopeGeometry(16, 1e4, 64))
-
-
-@pytest.mark.parametrize(
-    "method",
-    [
-        Yarn(4, beta_fast=16, truncate=False),
-        LongRope(4, [2.0] * 8),
-        Resonance(Cope(Dynamic(2))),
-        NTKFixed(2),
-        NTKMixed(2, exponent=0.625),
-        Proportional(partial_rotary_factor=0.5),
-        *(make_method(name, **knobs(name)) for name in METHODS),
-    ],
-    ids=lambda method: method.name,
-)
-def test_a_record_makes_the_same_method_again(method):
-    record = method_record(method)
-
-    assert make_method(record.pop("name"), **record) == method
-
-
-def test_the_registry_names_every_method_by_its_own_name():
-    assert [cls.name for cls in METHODS.values()] == list(METHODS)
