@@ -24,9 +24,9 @@ from hf_rope_ext import patch_model, patched, planned, unpatch_model
 from hf_rope_ext.models.sites import read_sites
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
-sys.path.insert(0, str(Path(__file__).parent.parent / "tests" / "cache"))
 import zoo
-from test_lengths import FAMILIES, METHODS, greedy, methods, text
+from decoding import FAMILIES, greedy, text
+from method_knobs import PER_REQUEST, knobs
 
 STOCK = ("dynamic", "longrope")
 BUCKETS = (1.05, 1.1, 1.25, 1.5, 2.0)
@@ -43,8 +43,7 @@ def agreement(model: Any, ids: Tensor, new: int) -> float:
 
 def stock_parameters(method: str, pairs: int, trained: int) -> dict[str, Any]:
     """Return the scaling keys of a stock config for a method, on top of the model's own."""
-    knobs = methods(pairs)[method]
-    own = {"rope_type": method, **knobs}
+    own = {"rope_type": method, **knobs(method, pairs)}
     if method == "longrope":
         own |= {"short_factor": [1.0] * pairs, "original_max_position_embeddings": trained}
     return own
@@ -58,8 +57,8 @@ def on_families() -> dict[str, dict[str, float | str]]:
         geometry = read_sites(model)[0].geometry
         trained, pairs = geometry.original_max_position_embeddings, geometry.pairs
         ids, row = text(1, trained - 10), {}
-        for method in METHODS:
-            patch_model(model, method, **methods(pairs)[method])
+        for method in PER_REQUEST:
+            patch_model(model, method, **knobs(method, pairs))
             row[method] = agreement(model, ids, 30)
             unpatch_model(model)
         for method in STOCK:
@@ -80,8 +79,8 @@ def on_checkpoint(checkpoint: Path, ids: Tensor) -> dict[str, float]:
     model = AutoModelForCausalLM.from_pretrained(checkpoint)
     model.generation_config.eos_token_id = None
     pairs, row = read_sites(model)[0].geometry.pairs, {}
-    for method in METHODS:
-        with patched(model, method, **methods(pairs)[method]):
+    for method in PER_REQUEST:
+        with patched(model, method, **knobs(method, pairs)):
             row[method] = agreement(model, prompt, new)
     for method in STOCK:
         config = AutoModelForCausalLM.from_pretrained(checkpoint).config

@@ -17,7 +17,7 @@ import torch  # noqa: E402
 import transformers  # noqa: E402
 import zoo  # noqa: E402
 from recording import record  # noqa: E402
-from test_families import NATIVE, REFUSED, check  # noqa: E402
+from stock import NATIVE, REFUSED, check  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 
 from hf_rope_ext import UnsupportedModelError, patch_model  # noqa: E402

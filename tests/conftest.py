@@ -9,6 +9,20 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 TRAINED = 64
 
+# `make test-quick` runs tests of every family on these alone: plain, by layer type, latent
+# attention, the rotation of GPT-J, and M-RoPE in chunks and interleaved
+REPRESENTATIVES = {"llama", "gemma3_text", "deepseek_v3", "gptj", "qwen2_5_vl", "qwen3_vl"}
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark what is parametrized by family as a sweep, but for the representatives."""
+    for item in items:
+        parameters = getattr(item, "callspec", None)
+        values = parameters.params if parameters else {}
+        family = values.get("family", values.get("model_type"))
+        if family is not None and family not in REPRESENTATIVES:
+            item.add_marker(pytest.mark.sweep)
+
 
 @pytest.fixture(autouse=True)
 def _seeded() -> None:

@@ -5,12 +5,12 @@ import re
 
 import pytest
 import torch
+from bundled_model import Recipe, build_model
+from bundled_windows import CLOSE, CUE, KEY_DIGITS, Windows
 from tokenizers import Tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hf_rope_ext import assets
-from hf_rope_ext.assets.train import Recipe, build_model
-from hf_rope_ext.assets.windows import CLOSE, CUE, KEY_DIGITS, Windows
 from hf_rope_ext.evals.text_passkey import SENTENCE
 
 

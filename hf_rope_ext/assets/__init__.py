@@ -1,9 +1,9 @@
-"""The bundled tiny model: weights, tokenizer, held-out text and the script that made them."""
+"""The bundled tiny model: weights, tokenizer and held-out text."""
 
 from pathlib import Path
 
 DIRECTORY = Path(__file__).parent
-"""Where `from_pretrained` finds the model."""
+"""Directory to pass to `from_pretrained`."""
 
 TEXT = DIRECTORY / "heldout.txt"
-"""Text it was not trained on."""
+"""Text that the model was not trained on."""

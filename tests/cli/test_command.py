@@ -11,7 +11,7 @@ from conftest import tiny_llama
 from test_evals import TEXT, make_tokenizer
 
 from hf_rope_ext import patch_model
-from hf_rope_ext.__main__ import main
+from hf_rope_ext.cli.app import main
 
 
 @pytest.fixture(scope="module")

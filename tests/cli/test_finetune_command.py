@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from hf_rope_ext import RopeError, load_pretrained, patch_model
-from hf_rope_ext.__main__ import main
+from hf_rope_ext.cli.app import main
 from hf_rope_ext.finetune import estimate_memory, finetune, parse, with_adapter
 from hf_rope_ext.finetune.recipe import describe_flags
 from hf_rope_ext.rotary.installed import patch_of

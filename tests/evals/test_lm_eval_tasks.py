@@ -15,7 +15,7 @@ from lm_eval.tasks import TaskManager
 from test_evals import TEXT, make_tokenizer
 
 from hf_rope_ext import RopeError, load_pretrained, patch_model
-from hf_rope_ext.__main__ import main
+from hf_rope_ext.cli.app import main
 from hf_rope_ext.evals.compare import evaluate
 from hf_rope_ext.evals.lm_eval import command as launcher
 from hf_rope_ext.evals.lm_eval.model import RopeHFLM

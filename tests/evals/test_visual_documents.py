@@ -14,7 +14,7 @@ from torch import nn
 from transformers import AutoProcessor, Qwen2_5_VLConfig
 
 from hf_rope_ext import RopeError, patched
-from hf_rope_ext.__main__ import app
+from hf_rope_ext.cli.app import app
 from hf_rope_ext.evals.compare import Comparison, compare, evaluate
 from hf_rope_ext.evals.measures import Bench, make_measures
 from hf_rope_ext.evals.tasks.base import Place

@@ -1,7 +1,7 @@
 """Every family whose positions have axes: images, caches, legacy configs, and what is left alone.
 
 Stock transformers is the oracle where it runs; else the textbook numbers written into a stock model
-by hand (as in test_families), loops over pairs in float64, and decoding without a cache.
+by hand (in stock.py), loops over pairs in float64, and decoding without a cache.
 """
 
 import copy
@@ -17,10 +17,8 @@ import torch
 import zoo
 import zoo_images
 from conftest import relative
-from test_families import arguments, build_by_hand, build_stock, frequencies, pairs, slowdowns
-from test_lengths import METHODS as PER_REQUEST
-from test_lengths import methods as per_request
-from test_rope_config import KNOBS
+from method_knobs import PER_REQUEST, knobs
+from stock import NATIVE, arguments, build_by_hand, build_stock, frequencies, pairs
 from torch import Tensor, nn
 from transformers import DynamicCache, LlamaConfig, StaticCache
 from transformers.models.llama.modeling_llama import LlamaModel
@@ -71,12 +69,6 @@ def frequency_sets(model: nn.Module) -> Iterator[tuple[str | None, int, float, l
         yield label, count, float(rope["rope_theta"]), rope.get("mrope_section", [0, 0])
 
 
-def knobs(name: str, count: int) -> dict[str, Any]:
-    if name == "longrope":
-        return {"factor": 4, "long_factor": slowdowns(count)}
-    return KNOBS.get(name, {"factor": 4})
-
-
 def cos_and_sin(model: nn.Module, positions: Tensor, label: str | None) -> tuple[Tensor, Tensor]:
     """What a patched model's rotary embedding returns."""
     (rotary,) = [part for part in model.modules() if isinstance(part, ExtendedRotary)]
@@ -118,7 +110,6 @@ def layout(model_type: str, section: list[int], width: int) -> list[tuple[int, i
 
 
 POSITIONS = torch.tensor([[3, 70, 99, 41], [5, 90, 12, 41], [7, 50, 64, 41], [11, 20, 33, 41]])
-NATIVE = ("linear", "yarn", "llama3", "longrope", "dynamic")
 
 
 @pytest.mark.parametrize("model_type", FAMILIES)
@@ -309,8 +300,8 @@ def test_cached_generation_with_images_is_that_without_a_cache(model_type):
     ends = positions_of(model, inputs).amax(dim=(0, 2)) + 1 + NEW_TOKENS
     assert ends[0] > TRAINED > ends[1]
     (count,) = pairs(model)
-    for name, own in {"yarn": {"factor": 4}, **per_request(count)}.items():
-        patch_model(model, name, **own)
+    for name in ("yarn", *PER_REQUEST):
+        patch_model(model, name, **knobs(name, count))
 
         found = write(model, inputs, NEW_TOKENS)
         expected = write(model, inputs, NEW_TOKENS, use_cache=False)
@@ -328,10 +319,10 @@ def test_an_image_is_drawn_as_a_forward_over_all_of_it_would(method):
     model, twin = zoo.build("glm_image"), zoo.build("glm_image")
     inputs = prompt_near_the_trained_length(model)
     prompt = positions_of(model, inputs)
-    patch_model(model, method, **per_request(8)[method])
+    patch_model(model, method, **knobs(method))
     found = write(model, inputs, 6)
     length = int(prompt.max()) + 1 + 6
-    made = make_method(method, **per_request(8)[method])
+    made = make_method(method, **knobs(method))
     patch_model(twin, made.freeze(read_sites(zoo.build("glm_image"))[0].geometry, length))
     rows, columns = zoo_images.IMAGE_GRID
     drawn = [(0, row, column) for row in range(rows) for column in range(columns)][:5]

@@ -7,6 +7,7 @@ import pytest
 import torch
 from accelerate import cpu_offload, disk_offload, dispatch_model
 from conftest import TRAINED, logits, relative, tiny_llama
+from method_knobs import PER_REQUEST, knobs
 from peft import LoraConfig, get_peft_model
 from transformers import (
     AutoModelForCausalLM,
@@ -17,7 +18,7 @@ from transformers import (
 )
 
 from hf_rope_ext import patch_model, unpatch_model
-from hf_rope_ext.methods import Yarn
+from hf_rope_ext.methods import METHODS, Yarn
 from hf_rope_ext.rotary.extended import ExtendedRotary
 
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": TRAINED}
@@ -311,9 +312,9 @@ def test_attention_back_ends_agree(ids, attention):
     torch._dynamo.reset()
 
 
-@pytest.mark.parametrize("method", ["linear", "ntk", "yarn", "llama3"])
+@pytest.mark.parametrize("method", [name for name in METHODS if name not in PER_REQUEST])
 def test_left_padded_rows_equal_their_single_runs(llama, method):
-    patch_model(llama, method, factor=4)
+    patch_model(llama, method, **knobs(method))
     row = torch.randint(0, 128, (1, 90))
     padded = torch.cat((torch.zeros(1, 30, dtype=torch.int64), row), dim=1)
     mask = (torch.arange(120) >= 30).long()[None]

@@ -10,6 +10,7 @@ import zoo
 import zoo_images
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from method_knobs import knobs
 
 from hf_rope_ext import (
     MethodParameterError,
@@ -25,7 +26,6 @@ from hf_rope_ext import (
     request_length,
     unpatch_model,
 )
-from hf_rope_ext.methods import METHODS
 
 pytestmark = pytest.mark.filterwarnings("ignore::hf_rope_ext.errors.RopeWarning")
 
@@ -247,16 +247,13 @@ def test_it_is_the_positions_that_move():
 def test_it_composes_with_every_method(name):
     model = zoo.build("qwen2_vl")
     inputs = zoo_images.image_inputs(model)
-    method = METHODS[name]
-    knobs = {"factor": 4.0, "long_factor": [4.0] * 8, "rope_theta": 1e7, "power": 0.1}
-    knobs = {knob: knobs[knob] for knob in method.__dataclass_fields__ if knob in knobs}
     positions, _ = model.model.get_rope_index(**index_arguments(inputs))
     rule = VisualPositions(factor={"t": 4, "w": 2})
     by_hand = place_visual_tokens(positions, inputs["mm_token_type_ids"], rule)
-    with patched(model, name, **knobs):
+    with patched(model, name, **knobs(name)):
         expected = zoo.run(model, **inputs, position_ids=by_hand)
 
-    patch_model(model, name, **knobs, visual_positions=rule)
+    patch_model(model, name, **knobs(name), visual_positions=rule)
 
     assert torch.equal(zoo.run(model, **inputs), expected)
 

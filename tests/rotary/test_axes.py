@@ -8,6 +8,7 @@ import torch
 import zoo
 import zoo_images
 from conftest import relative
+from method_knobs import FACTOR_ONLY, PER_REQUEST, knobs
 from transformers import AutoModelForImageTextToText, LlamaConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
@@ -23,7 +24,7 @@ from hf_rope_ext import (
     patch_model,
     unpatch_model,
 )
-from hf_rope_ext.methods import METHODS, Linear, PerAxis, Yarn
+from hf_rope_ext.methods import Linear, PerAxis, Yarn
 from hf_rope_ext.parsing import parse_methods
 
 pytestmark = pytest.mark.filterwarnings("ignore::hf_rope_ext.errors.RopeWarning")
@@ -105,13 +106,11 @@ def test_each_pair_turns_by_the_factor_of_its_own_axis(model_type, rope_type):
 def test_every_method_can_be_that_of_one_axis(name):
     """Its pairs turn as under the method alone, whose frequencies other tests hold to formulas."""
     whole, by_axis = zoo.build("qwen3_vl"), zoo.build("qwen3_vl")
-    values = {"factor": 4.0, "long_factor": [4.0] * 8, "rope_theta": 1e7, "power": 0.1}
-    knobs = {knob: values[knob] for knob in METHODS[name].__dataclass_fields__ if knob in values}
     place = torch.tensor([[199]])
     trained = whole.model.language_model.rotary_emb.inv_freq
 
-    patch_model(whole, name, **knobs)
-    patch_model(by_axis, {"w": name}, **knobs)
+    patch_model(whole, name, **knobs(name))
+    patch_model(by_axis, {"w": name}, **knobs(name))
 
     plans = [rotary_of(one)[0].plan(None, place)[0].flatten() for one in (whole, by_axis)]
     own = torch.tensor([axis == "w" for axis in LAYOUTS["qwen3_vl"]])
@@ -194,7 +193,7 @@ def test_stock_tools_load_what_was_saved_with_the_same_logits(model_type, tmp_pa
     assert relative(zoo.run(load_pretrained(tmp_path), **inputs), expected) == 0.0
 
 
-@pytest.mark.parametrize("method", ["dynamic_yarn", "dynamic_ntk", "dynamic"])
+@pytest.mark.parametrize("method", sorted({*PER_REQUEST} & {*FACTOR_ONLY}))
 def test_cached_generation_agrees_where_one_axis_follows_the_request(method, tmp_path):
     model = zoo.build("qwen2_5_vl")
     model.generation_config.suppress_tokens = zoo_images.SPECIAL

@@ -6,6 +6,7 @@ import pytest
 import torch
 import zoo
 from conftest import relative
+from method_knobs import FACTOR_ONLY
 from transformers import AutoConfig
 
 from hf_rope_ext import RopeError, RopeWarning, export, load_pretrained, patch_model, request_length
@@ -34,7 +35,7 @@ def test_lengths_and_sections_stand_in_the_text_config_in_memory_and_saved(model
 
 
 @pytest.mark.parametrize("model_type", M_ROPE)
-@pytest.mark.parametrize("method", ["linear", "yarn", "ntk_mixed", "dynamic_yarn"])
+@pytest.mark.parametrize("method", FACTOR_ONLY)
 def test_distinct_positions_turn_each_pair_by_its_own_axis(model_type, method):
     model = zoo.build(model_type)
     text = model.model.language_model

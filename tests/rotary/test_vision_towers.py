@@ -31,7 +31,7 @@ from hf_rope_ext import (
     patched,
     unpatch_model,
 )
-from hf_rope_ext.__main__ import main
+from hf_rope_ext.cli.app import main
 from hf_rope_ext.methods import NTK, Linear, Yarn
 from hf_rope_ext.models.find import innermost_models
 from hf_rope_ext.rotary.vision_towers import smallest_images

@@ -8,6 +8,7 @@ import pytest
 import torch
 import zoo
 from conftest import TRAINED, logits, relative, tiny_llama
+from method_knobs import NOT_STOCK, knobs
 from transformers import AutoConfig, LlamaForCausalLM
 
 from hf_rope_ext import ExportError, available_methods, export, patch_model
@@ -164,7 +165,7 @@ def test_llama_cpp_refuses_what_it_has_no_flags_for(name):
 
 
 @pytest.mark.parametrize("to", ["transformers", "vllm", "sglang"])
-@pytest.mark.parametrize("name", ["dynamic_linear", "dynamic_ntk", "dynamic_yarn"])
+@pytest.mark.parametrize("name", NOT_STOCK)
 def test_a_plan_per_request_is_refused_or_frozen_when_asked(name, to, llama, ids):
     patch_model(llama, name, factor=4)
     with pytest.raises(ExportError, match="frozen=LENGTH"):
@@ -182,15 +183,7 @@ def test_every_static_method_has_a_form_for_transformers_and_vllm():
     for name in available_methods():
         if name.startswith("dynamic"):
             continue
-        values = {
-            "none": {},
-            "base": {"rope_theta": 1e5},
-            "cope": {},
-            "resonance": {},
-            "giraffe": {"power": 0.5},
-            "proportional": {"partial_rotary_factor": 0.5, "factor": 2},
-            "longrope": {"factor": 4, "long_factor": [4.0] * 8},
-        }.get(name, {"factor": 4})
+        values = knobs(name) | ({"factor": 2} if name == "proportional" else {})
         for to in ("transformers", "vllm"):
             assert exported(name, to, **values).config["rope_parameters"]
 

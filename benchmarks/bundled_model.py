@@ -1,16 +1,17 @@
 """Train the bundled model: a tiny Llama that reads Python and repeats pass keys, on one CPU thread.
 
-A byte-level BPE tokenizer is trained on the standard library's own sources, then the model, in
-three phases:
+Run it as ``python benchmarks/bundled_model.py --seed 1``; it overwrites the files in
+hf_rope_ext/assets. A byte-level BPE tokenizer is trained on the sources of the standard library,
+then the model, in three phases:
 
-1. Copying: periodic random tokens in windows of 128. Retrieval needs a head that finds an earlier
-   occurrence and reads on from there; on text alone none forms within minutes.
-2. Finding: text, text that hides a pass key, and harder copying, still in windows of 128, where
-   pass keys make up more of the loss than in long ones.
-3. Reading: the same mix in windows of 512, which is the trained length.
+1. Copying: periodic random tokens in windows of 128. Retrieval needs an induction head, which finds
+   an earlier occurrence and continues from it; on text alone none forms within minutes.
+2. Finding: text, text with a hidden pass key, and harder copying, still in windows of 128, where
+   pass keys make up more of the loss than in long windows.
+3. Reading: the same mix in windows of 512, the trained length.
 
-One seed gives the same weights again on the same machine with the same Python and PyTorch. Another
-Python has other sources, so `heldout.txt` is shipped with the weights.
+A seed reproduces the weights on the same machine with the same Python and PyTorch. Another Python
+version has other sources, so `heldout.txt` ships with the weights.
 """
 
 import argparse
@@ -26,15 +27,7 @@ from typing import Any, NamedTuple
 
 import torch
 import transformers
-from tokenizers import Tokenizer
-from torch import Tensor
-from torch.nn.functional import cross_entropy
-from torch.optim import AdamW, Muon, Optimizer
-from torch.optim.lr_scheduler import LambdaLR
-from tqdm import tqdm  # type: ignore[import-untyped]
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
-
-from hf_rope_ext.assets.windows import (
+from bundled_windows import (
     END_OF_TEXT,
     HELD_OUT_RULE,
     Batch,
@@ -44,38 +37,47 @@ from hf_rope_ext.assets.windows import (
     sample_text,
     train_tokenizer,
 )
+from tokenizers import Tokenizer
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+from torch.optim import AdamW, Muon, Optimizer
+from torch.optim.lr_scheduler import LambdaLR
+from tqdm import tqdm
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from hf_rope_ext.assets import DIRECTORY
 
 logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """Everything the result depends on, besides the sources and the versions.
+    """Everything the result depends on, apart from the sources and the versions.
 
     Args:
-        seed: Of the weights and of every window.
-        vocabulary: Entries of the tokenizer.
-        hidden_size: Width of the model.
-        intermediate_size: Width of its feed-forward layers.
-        layers: How many; copying takes two.
-        heads: Attention heads.
-        head_dim: Width of a head; half of it are the pairs that RoPE turns.
-        rope_theta: Base of the frequencies.
-        short_length: Window of the first two phases, in tokens.
-        short_batch: Windows a step of the first two phases.
-        short_steps: Limit of each of the first two phases.
-        accuracy: They end when this share of a batch's scored tokens is predicted.
-        context_length: Window of the last phase: the trained length.
-        batch: Windows a step of the last phase.
+        seed: Seed for the weights and the windows.
+        vocabulary: Vocabulary size.
+        hidden_size: Hidden size of the model.
+        intermediate_size: Width of its MLPs.
+        layers: Number of layers; copying takes two.
+        heads: Number of attention heads.
+        head_dim: Width of a head.
+        rope_theta: RoPE base.
+        short_length: Window length of the first two phases, in tokens.
+        short_batch: Windows per step of the first two phases.
+        short_steps: Maximum steps of each of the first two phases.
+        accuracy: Share of a batch's scored tokens to predict before they end.
+        context_length: Window length of the last phase, which is the trained length.
+        batch: Windows per step of the last phase.
         steps: Steps of the last phase.
-        copy_share: Share of the windows that are for copying after the first phase.
-        passkey_share: Share of the others that hide a pass key.
-        digit_weight: Weight of an asked-for digit in the loss, where other tokens have 1.
+        copy_share: Share of copying windows after the first phase.
+        passkey_share: Share of the other windows that hide a pass key.
+        digit_weight: Loss weight of a pass key's digits; other tokens have 1.
         adam_rate: Learning rate of AdamW.
         muon_rate: Learning rate of Muon.
-        weight_decay: Of all weights.
-        warmup: Steps over which the rate rises, in each phase.
-        final_rate: The rate falls linearly to this share of itself in the last phase.
+        weight_decay: Weight decay of both.
+        warmup: Steps of linear warmup, in each phase.
+        final_rate: Share of the learning rate left at the end of the last phase's linear decay.
     """
 
     seed: int = 1
@@ -103,23 +105,23 @@ class Recipe:
     final_rate: float = 0.05
 
     def warm(self, step: int) -> float:
-        """Return the share of the learning rate at a step of the first two phases, from 0."""
+        """Return the learning rate multiplier at a step of the first two phases, from 0."""
         return min(1.0, (step + 1) / self.warmup)
 
     def warm_and_decay(self, step: int) -> float:
-        """Return the share of the learning rate at a step of the last phase, from 0."""
+        """Return the learning rate multiplier at a step of the last phase, from 0."""
         return self.warm(step) * (1.0 - (1.0 - self.final_rate) * step / self.steps)
 
 
 class Result(NamedTuple):
-    """Loss per scored token and whether each token was predicted, ``(windows, length - 1)``."""
+    """Loss of each token and whether it was predicted, both ``(windows, length - 1)``."""
 
     losses: Tensor
     right: Tensor
 
 
 def build_model(recipe: Recipe) -> Any:
-    """Return the model with fresh weights."""
+    """Return the model with random weights."""
     torch.manual_seed(recipe.seed)
     config = LlamaConfig(
         vocab_size=recipe.vocabulary,
@@ -141,7 +143,7 @@ def build_model(recipe: Recipe) -> Any:
 
 
 def predict(model: Any, batch: Batch) -> Result:
-    """Return how well each token but the first of a batch is predicted."""
+    """Predict every token of a batch but the first."""
     logits: Tensor = model(input_ids=batch.tokens, use_cache=False).logits[:, :-1]
     targets = batch.tokens[:, 1:]
     losses = cross_entropy(logits.transpose(1, 2), targets, reduction="none")
@@ -149,18 +151,18 @@ def predict(model: Any, batch: Batch) -> Result:
 
 
 def weighted_mean(values: Tensor, batch: Batch) -> Tensor:
-    """Return the mean of per-token values of a batch by its weights."""
+    """Return the weighted mean of per-token values of a batch."""
     weights = batch.weights[:, 1:]
     return (values * weights).sum() / weights.sum()
 
 
 class Trainer:
-    """Takes optimizer steps, and counts the tokens they took.
+    """Takes optimizer steps and counts their tokens.
 
     Args:
         model: The model to train.
-        optimizers: Which weights are trained, and how.
-        rate: Share of the learning rate at a step, counted from 0.
+        optimizers: The optimizers of the weights to train.
+        rate: Learning rate multiplier at a step, counted from 0.
     """
 
     def __init__(
@@ -172,9 +174,9 @@ class Trainer:
         self.tokens = 0
 
     def step(self, batch: Batch) -> Result:
-        """Take one step on a batch, and return the predictions made before it."""
+        """Take one step on a batch and return the predictions made before it."""
         result = predict(self.model, batch)
-        weighted_mean(result.losses, batch).backward()  # type: ignore[no-untyped-call]
+        weighted_mean(result.losses, batch).backward()
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         for optimizer, schedule in zip(self.optimizers, self.schedules, strict=True):
             optimizer.step()
@@ -185,7 +187,7 @@ class Trainer:
 
 
 def adam(parameters: Iterable[Any], recipe: Recipe) -> AdamW:
-    """Return AdamW for some of the weights."""
+    """Return AdamW for the given weights."""
     return AdamW(
         parameters,
         lr=recipe.adam_rate,
@@ -198,7 +200,7 @@ def adam(parameters: Iterable[Any], recipe: Recipe) -> AdamW:
 def adam_and_muon(model: Any, recipe: Recipe) -> list[Optimizer]:
     """Return Muon for the matrices inside the layers and AdamW for everything else.
 
-    AdamW on its own is at twice the perplexity after as many steps.
+    AdamW alone has twice the perplexity after as many steps.
     """
     kinds: dict[bool, list[Tensor]] = {True: [], False: []}
     for name, parameter in model.named_parameters():
@@ -208,7 +210,7 @@ def adam_and_muon(model: Any, recipe: Recipe) -> list[Optimizer]:
 
 
 def learn_to_copy(model: Any, windows: Windows, recipe: Recipe) -> dict[str, float]:
-    """Train until periodic tokens are copied; the jump comes suddenly, after some 250 steps."""
+    """Train until periodic tokens are copied; it happens suddenly, after about 250 steps."""
     trainer = Trainer(model, [adam(model.parameters(), recipe)], recipe.warm)
 
     def step() -> float:
@@ -219,7 +221,7 @@ def learn_to_copy(model: Any, windows: Windows, recipe: Recipe) -> dict[str, flo
 
 
 def learn_keys(model: Any, windows: Windows, recipe: Recipe) -> dict[str, float]:
-    """Train on the mix at the short length until pass keys are found."""
+    """Train on the mix at the short length until pass keys are retrieved."""
     trainer = Trainer(model, adam_and_muon(model, recipe), recipe.warm)
 
     def step() -> float:
@@ -235,7 +237,7 @@ def learn(
     """Take steps until their accuracy is good enough.
 
     Raises:
-        RuntimeError: If it does not get there.
+        RuntimeError: If the accuracy is not reached.
     """
     bar = tqdm(range(recipe.short_steps), desc=what, unit="step")
     for count in bar:
@@ -245,12 +247,13 @@ def learn(
             bar.close()
             return {"steps": count + 1, "tokens": trainer.tokens, "accuracy": accuracy}
     raise RuntimeError(
-        f"no {what} after {recipe.short_steps} steps (accuracy {accuracy:.2f}); try another seed."
+        f"{what}: accuracy is {accuracy:.2f} after {recipe.short_steps} steps, not above "
+        f"{recipe.accuracy}; try another seed."
     )
 
 
 def learn_text(model: Any, windows: Windows, recipe: Recipe) -> dict[str, float]:
-    """Train on the mix at the full length, and return means over the last tenth."""
+    """Train on the mix at the full length; return means over the last tenth of the steps."""
     trainer = Trainer(model, adam_and_muon(model, recipe), recipe.warm_and_decay)
     history: dict[str, list[float]] = {"text_loss": [], "passkey_digits": [], "copied": []}
     bar = tqdm(range(recipe.steps), desc="reading", unit="step")
@@ -267,7 +270,7 @@ def learn_text(model: Any, windows: Windows, recipe: Recipe) -> dict[str, float]
 def mixed_step(
     trainer: Trainer, windows: Windows, recipe: Recipe, count: int, length: int
 ) -> dict[str, float]:
-    """Take one step on windows of all three kinds, and return a measure of each kind present."""
+    """Take one step on windows of all three kinds; return one metric per kind present."""
     draws = torch.rand((2, count), generator=windows.generator)
     is_copy = draws[0] < recipe.copy_share
     is_passkey = ~is_copy & (draws[1] < recipe.passkey_share)
@@ -292,7 +295,7 @@ def mixed_step(
 
 @torch.no_grad()
 def validate(model: Any, windows: Windows, length: int) -> dict[str, float]:
-    """Return perplexity and pass keys retrieved whole over 128 held-out windows of each kind."""
+    """Return perplexity and exact pass key retrieval on 128 held-out windows of each kind."""
     losses, exact = [], []
     for _ in range(8):
         losses.append(predict(model, windows.plain(16, length)).losses)
@@ -305,9 +308,9 @@ def validate(model: Any, windows: Windows, length: int) -> dict[str, float]:
 
 
 def save(model: Any, tokenizer: Tokenizer, output: Path) -> None:
-    """Write the model and its tokenizer: weights in bfloat16, to be loaded as float32.
+    """Save the model and its tokenizer: weights in bfloat16, to be loaded as float32.
 
-    Few CPUs are fast in bfloat16, and none is needed for a model of this size.
+    Few CPUs are fast in bfloat16, and a model of this size does not need it.
     """
     model.to(torch.bfloat16).save_pretrained(output)
     model.config.dtype = torch.float32
@@ -322,7 +325,7 @@ def save(model: Any, tokenizer: Tokenizer, output: Path) -> None:
 
 
 def train(recipe: Recipe, output: Path) -> dict[str, Any]:
-    """Train everything, write it to a directory, and return what `training.json` says."""
+    """Train tokenizer and model, save them, and return the contents of `training.json`."""
     started, cpu_started = time.perf_counter(), time.process_time()
     torch.set_num_threads(1)
     torch.use_deterministic_algorithms(True)
@@ -376,7 +379,7 @@ def train(recipe: Recipe, output: Path) -> dict[str, Any]:
 def main() -> None:
     """Train the bundled model from the command line."""
     parser = argparse.ArgumentParser(description="Train the bundled model on one CPU thread.")
-    parser.add_argument("--output", type=Path, default=Path(__file__).parent, metavar="DIR")
+    parser.add_argument("--output", type=Path, default=DIRECTORY, metavar="DIR")
     parser.add_argument("--seed", type=int, default=Recipe.seed, metavar="N")
     parser.add_argument("--steps", type=int, default=Recipe.steps, metavar="N")
     arguments = parser.parse_args()

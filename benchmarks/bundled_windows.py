@@ -1,4 +1,4 @@
-"""Text of Python's standard library, and the windows of it that the bundled model is trained on."""
+"""Text from Python's standard library, and the bundled model's training windows."""
 
 import sysconfig
 import zlib
@@ -15,8 +15,8 @@ CUE = "\nThe pass key is "
 CLOSE = ".\n"
 KEY_DIGITS = 5
 
-# tests are not prose-like, the rest is generated, byte tables, removed from later versions, or not
-# part of the standard library
+# tests, generated files, byte tables, modules that later versions removed, and packages that are
+# not part of the standard library
 SKIPPED_PARTS = {
     "__pycache__", "encodings", "ensurepip", "idlelib", "lib2to3", "lib-dynload", "site-packages",
     "test", "tests", "turtledemo",
@@ -29,21 +29,21 @@ SAMPLE_CHARACTERS = 100_000
 
 
 class Source(NamedTuple):
-    """One file: its path relative to the standard library, and its text."""
+    """A source file: its path relative to the standard library, and its text."""
 
     path: str
     text: str
 
 
 class Batch(NamedTuple):
-    """Windows and how much each of their tokens counts as a target, both ``(windows, length)``."""
+    """Windows of tokens and the loss weight of each token, both ``(windows, length)``."""
 
     tokens: Tensor
     weights: Tensor
 
 
 def read_sources() -> tuple[list[Source], list[Source]]:
-    """Return the standard library's sources, to train on and held out."""
+    """Return the standard library's sources, split into training and held-out files."""
     root = Path(sysconfig.get_path("stdlib"))
     kept: dict[bool, list[Source]] = {True: [], False: []}
     for file in sorted(root.rglob("*.py")):
@@ -58,10 +58,10 @@ def read_sources() -> tuple[list[Source], list[Source]]:
 
 
 def sample_text(sources: Iterable[Source]) -> str:
-    """Return whole small files up to 100,000 characters, in the order of their paths' checksums.
+    """Return small whole files, up to 100,000 characters, ordered by the checksum of their path.
 
-    Files that mention a copyright or licence of their own are left out, so that all of the sample
-    is under the licence of Python itself.
+    Files that mention a copyright or licence of their own are skipped, so that the whole sample is
+    under Python's licence.
     """
     sample = ""
     for source in sorted(sources, key=lambda source: zlib.crc32(source.path.encode())):
@@ -73,7 +73,7 @@ def sample_text(sources: Iterable[Source]) -> str:
 
 
 def train_tokenizer(sources: Iterable[Source], vocabulary: int) -> Tokenizer:
-    """Return a byte-level BPE tokenizer that splits numbers into digits."""
+    """Train a byte-level BPE tokenizer that splits numbers into digits."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
@@ -93,7 +93,7 @@ def train_tokenizer(sources: Iterable[Source], vocabulary: int) -> Tokenizer:
 
 
 def encode(tokenizer: Tokenizer, sources: Iterable[Source]) -> Tensor:
-    """Return the tokens of all files, each after the end-of-text token."""
+    """Return the tokens of all files, each preceded by the end-of-text token."""
     ids: list[int] = []
     for source in sources:
         ids += tokenizer.encode(END_OF_TEXT + source.text).ids
@@ -105,9 +105,9 @@ class Windows:
 
     Args:
         tokenizer: The tokenizer of the text.
-        text: Tokens to cut windows from.
-        seed: Of everything drawn.
-        digit_weight: Weight of an asked-for digit.
+        text: Tokens to cut windows from, ``(tokens,)``.
+        seed: Seed for all sampling.
+        digit_weight: Loss weight of a pass key's digits.
     """
 
     def __init__(
@@ -130,7 +130,7 @@ class Windows:
         return Batch(tokens, torch.ones(tokens.shape))
 
     def passkey(self, count: int, length: int) -> Batch:
-        """Return windows of text that state a pass key at a random depth and again at the end."""
+        """Return windows of text with a pass key at a random depth, repeated at the end."""
         key = self.digits[self._integers(len(self.digits), (count, KEY_DIGITS))]
         sentence = torch.cat([self.cue.expand(count, -1), key, self.close.expand(count, -1)], dim=1)
         size = sentence.shape[1]
@@ -139,7 +139,7 @@ class Windows:
         depths = self._integers(around + 1, (count, 1))
         positions = torch.arange(length)
         planted = (positions >= depths) & (positions < depths + size)
-        # behind the planted sentence the text goes on, and then `parts` ends with the sentence
+        # the text resumes after the planted sentence; `parts` itself ends with the sentence
         resumed = positions - size * (positions >= depths)
         tokens = parts.gather(1, torch.where(planted, around + positions - depths, resumed))
         weights = torch.ones(tokens.shape)
@@ -147,21 +147,21 @@ class Windows:
         return Batch(tokens, weights)
 
     def asked(self, length: int) -> slice:
-        """Return where the asked-for digits stand in a pass key window."""
+        """Return where a pass key window repeats the digits."""
         end = length - len(self.close)
         return slice(end - KEY_DIGITS, end)
 
     def uniform_copies(self, count: int, length: int) -> Batch:
-        """Return random tokens repeated with a random period, scored from the second one on."""
+        """Return random tokens with a random period, scored from the second period on."""
         longest = length // 3
         period = self.copied[self._integers(len(self.copied), (count, longest))]
         return self._repeat(period, length)
 
     def ambiguous_copies(self, count: int, length: int) -> Batch:
-        """Return the same with long periods over small alphabets, some of them of digits only.
+        """Return periodic tokens with long periods over small alphabets, some of digits only.
 
-        A token then occurs several times within a period, and only those before it tell which
-        occurrence to read on from.
+        A token then occurs several times within a period, and only the tokens before it tell which
+        occurrence to continue from.
         """
         longest = length // 2 - 1
         size = len(self.copied)
@@ -173,7 +173,7 @@ class Windows:
         return self._repeat(period, length)
 
     def _repeat(self, tokens: Tensor, length: int) -> Batch:
-        """Repeat the beginning of each row, of 4 tokens up to all of them, to a length."""
+        """Repeat a prefix of each row, of 4 tokens up to the whole row, up to a length."""
         periods = 4 + self._integers(tokens.shape[1] - 3, (len(tokens), 1))
         positions = torch.arange(length)
         repeated = tokens.gather(1, positions % periods)

@@ -1,0 +1,148 @@
+"""Commands that measure patched models: compare and eval."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+from hf_rope_ext.cli.options import (
+    AsJson,
+    Factor,
+    Methods,
+    Model,
+    bundled_model,
+    console,
+    print_json,
+    print_line,
+)
+from hf_rope_ext.parsing import parse_lengths, parse_methods
+
+Text = Annotated[Path | None, typer.Option(help="A long UTF-8 text.")]
+Output = Annotated[Path, typer.Option(help="Directory for the report and its plots.")]
+Lengths = Annotated[str, typer.Option(help="Lengths in tokens, or multiples of the trained one.")]
+Tasks = Annotated[
+    str,
+    typer.Option(
+        help="Comma-separated task names; options follow after colons: rope_ppl:stride=64. "
+        "--tasks list shows them."
+    ),
+]
+Samples = Annotated[
+    int, typer.Option(min=1, help="Questions per length, and per depth in tasks with depths.")
+]
+Minutes = Annotated[
+    float | None, typer.Option(help="Stop after this time and report the cells finished by then.")
+]
+
+
+def compare(
+    model: Model = None,
+    methods: Methods = "none,linear,ntk,dynamic,yarn",
+    factor: Factor = 4.0,
+    lengths: Lengths = "1x,2x,4x,8x",
+    text: Text = None,
+    output: Output = Path("rope_report"),
+    tasks: Tasks = "perplexity,passkey",
+    samples: Samples = 50,
+    windows: Annotated[int, typer.Option(min=1, help="Windows to measure perplexity in.")] = 32,
+    targets: Annotated[int, typer.Option(min=1, help="Tokens scored in each window.")] = 64,
+    seed: Annotated[int, typer.Option(help="Seed for the questions.")] = 0,
+    max_minutes: Minutes = None,
+    device: Annotated[str, typer.Option(help="Device to run the model on.")] = "cpu",
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
+    replace: Annotated[bool, typer.Option(help="Replace the scaling in the model's config.")] = (
+        False
+    ),
+    as_json: AsJson = False,
+) -> None:
+    """Compare methods on tasks at several lengths; by default, perplexity and pass keys.
+
+    An interrupted comparison resumes when the same command is run again.
+    """
+    from hf_rope_ext.assets import TEXT
+    from hf_rope_ext.evals.compare import Comparison
+    from hf_rope_ext.evals.compare import compare as run
+    from hf_rope_ext.evals.measures import describe_tasks, needs_processor
+    from hf_rope_ext.evals.text import read_text
+    from hf_rope_ext.planning.extension import text_site
+    from hf_rope_ext.saving.loading import load_processor, load_unpatched
+
+    if tasks == "list":
+        for name, description in describe_tasks().items():
+            print(f"{name:28}{description}")
+        return
+    chosen = parse_methods(methods, factor)
+    words = "" if model and not text else read_text(text or TEXT)
+    loaded, tokenizer = load_unpatched(model or bundled_model(), device=device, dtype=dtype)
+    trained = text_site(loaded.config).geometry.original_max_position_embeddings
+    comparison = Comparison(
+        model=loaded,
+        tokenizer=tokenizer,
+        text=words,
+        methods=chosen,
+        lengths=parse_lengths(lengths, trained),
+        tasks=(tasks,),
+        windows=windows,
+        targets=targets,
+        samples=samples,
+        seed=seed,
+        name=Path(model).name if model else "bundled",
+        replace=replace,
+        processor=load_processor(model or bundled_model()) if needs_processor((tasks,)) else None,
+    )
+    with _progress() as show:
+        report = run(comparison, output, show, max_minutes)
+    files = report.save(output)
+    if as_json:
+        print_json({"settings": report.settings, "cells": report.cells})
+        return
+    _print_report(report, files, max_minutes)
+
+
+def evaluate(context: typer.Context) -> None:
+    """Run lm-eval on a patched model; takes lm-eval's own arguments."""
+    from hf_rope_ext.evals.lm_eval.command import launch
+
+    launch(context.args)
+
+
+@contextmanager
+def _progress() -> Iterator[Any]:
+    """Return a function that shows a cell and how many are done in a progress bar on stderr."""
+    from rich.progress import (
+        BarColumn,
+        Progress,
+        TaskProgressColumn,
+        TextColumn,
+        TimeRemainingColumn,
+    )
+
+    columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn())
+    progress = Progress(*columns, TimeRemainingColumn(), console=Console(stderr=True))
+    bar = progress.add_task("", total=None)
+
+    def show(cell: Any, done: int, total: int) -> None:
+        progress.start()  # not before there is something to show
+        description = f"{cell.method} {cell.task} at {cell.length}"
+        progress.update(bar, description=description, completed=done, total=total)
+
+    try:
+        yield show
+    finally:
+        if progress.live.is_started:
+            progress.stop()
+
+
+def _print_report(report: Any, files: list[Path], max_minutes: float | None) -> None:
+    for task in report.tasks:
+        console.print(report.table(task))
+    if report.missing:
+        total = len(report.missing) + len(report.cells)
+        print_line(
+            f"stopped after {max_minutes:g} minutes with {len(report.cells)} of {total} cells; the "
+            f"same command goes on from there."
+        )
+    print_line("wrote " + ", ".join(map(str, files)))
