@@ -324,24 +324,57 @@ def test_a_recipe_is_a_file_with_flags_over_it(tmp_path):
 
 
 @pytest.mark.parametrize(
+    "text",
+    [
+        "eval_steps:\ncheck_memory: false\nlora_targets: q_proj\nseparator: --- \nrun_name: ''\n"
+        "lr_scheduler_kwargs: {num_cycles: 2}\nreport_to: [none]\nmax_steps: -1\n",
+        '{"eval_steps": null, "check_memory": false, "lora_targets": ["q_proj"], "separator": "---",'
+        ' "run_name": "", "lr_scheduler_kwargs": {"num_cycles": 2}, "report_to": ["none"],'
+        ' "max_steps": -1}',
+    ],
+)
+def test_a_file_can_hold_every_kind_of_value(tmp_path, text):
+    path = tmp_path / "recipe"
+    path.write_text(text)
+    found, how = parse(["--output_dir", str(tmp_path), "--eval_strategy", "no"], path)
+
+    assert (found.check_memory, found.lora_targets, found.separator) == (False, ["q_proj"], "---")
+    assert (how.max_steps, how.report_to, how.run_name) == (-1, [], "")
+    assert (how.eval_steps, how.lr_scheduler_kwargs) == (None, {"num_cycles": 2})
+
+
+def test_a_list_in_the_file_is_replaced_by_a_flag(tmp_path):
+    path = tmp_path / "recipe.yaml"
+    path.write_text("lora_targets: [q_proj, v_proj]\n")
+    found, _ = parse(["--output_dir", str(tmp_path), "--lora-targets", "k_proj", "o_proj"], path)
+
+    assert found.lora_targets == ["k_proj", "o_proj"]
+
+
+@pytest.mark.parametrize(
     ("text", "words", "match"),
     [
         ("modle: m", [], "Did you mean 'model'"),
-        ("lora_rank: many", [], "lora_rank: 'many' is not a int"),
-        ("lora_rank: 2.5", [], r"lora_rank: 2\.5 is not a int"),
-        ("- a", [], "not a list of name: value"),
+        ("lora_rank: many", [], "--lora_rank.*invalid int value: 'many'"),
+        ("lora_rank: 2.5", [], r"--lora_rank.*invalid int value: '2\.5'"),
+        ("- a", [], "must map field names to values"),
         ("a: [", [], "cannot read the recipe"),
         ("", ["--factor", "x"], "invalid float value: 'x'"),
         ("", ["--factr", "2"], "Did you mean 'factor'"),
+        ("", ["--max_steps", "1", "2"], "unexpected '2'"),
+        ("factor: [2, 4]", [], "unexpected '4'"),
+        ("3: m", [], "3 is not a field"),
+        ("held_out: 1", [], r"held_out must be .* less than 1, got 1\.0"),
+        ("mixed_windows: 0", [], r"mixed_windows must be .* greater than 0.*, got 0\.0"),
         ("adapter: lroa", [], "adapter must be one of"),
         ("loss: fast", [], "loss must be one of"),
-        ("factor: 0.5", [], r"factor must be at least 1, got 0\.5"),
-        ("sequence_length: 0", [], "sequence_length must be at least 2, got 0"),
-        ("", ["--loss_chunk", "0"], "loss_chunk must be at least 1, got 0"),
-        ("factor: .nan", [], "factor: nan is not a float"),
-        ("lora_dropout: 1", [], r"lora_dropout must be from 0 to below 1, got 1\.0"),
+        ("factor: 0.5", [], r"factor must be .* at least 1, got 0\.5"),
+        ("sequence_length: 0", [], "sequence_length must be .* at least 2, got 0"),
+        ("", ["--loss_chunk", "0"], "loss_chunk must be .* at least 1, got 0"),
+        ("factor: .nan", [], "factor must be a finite number at least 1, got nan"),
+        ("lora_dropout: 1", [], r"lora_dropout must be .* at least 0 and less than 1, got 1\.0"),
         ("factor: 2\ntarget_length: 8", [], "not both"),
-        ("factor_schedule: 4:2,2:2", [], "factors of at least 1 that grow"),
+        ("factor_schedule: 4:2,2:2", [], "increasing factors"),
         ("factor_schedule: 4x2", [], "is not factor:steps"),
         ("quantize: 4bit\nadapter: full", [], "cannot be trained"),
         ("pose_length: 64\nshifted_groups: 4", [], "choose one"),
