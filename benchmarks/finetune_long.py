@@ -22,7 +22,7 @@ from recording import record
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainerCallback, TrainingArguments
 
 from hf_rope_ext import patch_model
-from hf_rope_ext.finetune import chunked_loss, use_shifted_attention, with_adapter
+from hf_rope_ext.finetune import add_adapter, chunked_loss, use_shifted_attention
 from hf_rope_ext.finetune.memory import out_of_memory
 
 VOCABULARY, FACTOR, WARM = 128_256, 4, 2
@@ -71,7 +71,7 @@ def train(side: dict[str, bool], tokens: int, layers: int, steps: int) -> dict[s
     with torch.device("cuda" if cuda else "cpu"):
         model: Any = LlamaForCausalLM(config).to(torch.bfloat16 if cuda else torch.float32)
     parameters = sum(one.numel() for one in model.parameters())
-    model = with_adapter(patch_model(model, "yarn", factor=FACTOR))
+    model = add_adapter(patch_model(model, "yarn", factor=FACTOR))
     if side.get("shifted"):
         use_shifted_attention(model, 4)
     row = torch.randint(0, VOCABULARY, (tokens,))

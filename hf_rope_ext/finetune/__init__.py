@@ -1,7 +1,7 @@
 """Fine-tune a patched model for a longer context, with adapters that remember their RoPE."""
 
 from hf_rope_ext.attention.shifted import use_shifted_attention
-from hf_rope_ext.finetune.lora import norms_and_embeddings, target_modules, with_adapter
+from hf_rope_ext.finetune.lora import add_adapter, norms_and_embeddings, target_modules
 from hf_rope_ext.finetune.loss import chunked_loss
 from hf_rope_ext.finetune.memory import estimate_memory
 from hf_rope_ext.finetune.merge import merge_adapter
@@ -16,6 +16,7 @@ __all__ = [
     "LongContextTrainer",
     "Recipe",
     "RememberRope",
+    "add_adapter",
     "chunked_loss",
     "estimate_memory",
     "finetune",
@@ -26,5 +27,4 @@ __all__ = [
     "position_skips",
     "target_modules",
     "use_shifted_attention",
-    "with_adapter",
 ]

@@ -7,7 +7,7 @@ from torch import nn
 
 from hf_rope_ext.attention.shifted import use_shifted_attention
 from hf_rope_ext.errors import RopeError
-from hf_rope_ext.finetune.lora import TARGETS, with_adapter
+from hf_rope_ext.finetune.lora import TARGETS, add_adapter
 from hf_rope_ext.finetune.recipe import Recipe
 from hf_rope_ext.geometry import RopeGeometry
 from hf_rope_ext.methods import LongRope, Method
@@ -117,7 +117,7 @@ def trainable(model: nn.Module, recipe: Recipe) -> nn.Module:
     targets: str | list[str] = list(recipe.lora_targets)
     if len(targets) == 1 and targets[0] in TARGETS:
         targets = targets[0]
-    model = with_adapter(
+    model = add_adapter(
         model,
         recipe.adapter,
         rank=recipe.lora_rank,

@@ -90,7 +90,7 @@ def norms_and_embeddings(model: nn.Module) -> list[str]:
     return paths
 
 
-def with_adapter(
+def add_adapter(
     model: nn.Module,
     adapter: str = "lora",
     *,

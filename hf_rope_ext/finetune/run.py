@@ -21,7 +21,7 @@ from hf_rope_ext.errors import RopeError
 from hf_rope_ext.finetune.build import load_base, patch, trainable, trained_length
 from hf_rope_ext.finetune.callback import Evaluation
 from hf_rope_ext.finetune.documents import Source, Stream, load_documents, split_stream
-from hf_rope_ext.finetune.loss import causal_model, chunked_loss
+from hf_rope_ext.finetune.loss import chunked_loss, find_causal_model
 from hf_rope_ext.finetune.memory import MemoryEstimate, estimate_memory, out_of_memory
 from hf_rope_ext.finetune.monitor import CURVE, Journal, Progress, plot_curve
 from hf_rope_ext.finetune.pose import position_skips
@@ -373,7 +373,7 @@ def _use_liger(arguments: Any, model: nn.Module) -> None:
         raise RopeError("loss=liger needs a GPU; use loss=chunked.")
     from liger_kernel.transformers.monkey_patch import MODEL_TYPE_TO_APPLY_LIGER_FN as FAMILIES
 
-    causal = causal_model(model)
+    causal = find_causal_model(model)
     apply = FAMILIES.get(causal.config.model_type)
     switches = dict(inspect.signature(apply).parameters) if apply is not None else {}
     if "fused_linear_cross_entropy" not in switches:

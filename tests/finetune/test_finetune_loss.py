@@ -185,7 +185,7 @@ def test_a_plain_trainer_sees_the_same_arguments(llama):
 
 def test_the_forward_is_put_back_and_not_replaced_twice(llama, ids):
     with chunked_loss(llama):
-        with pytest.raises(RopeError, match="replaced already"), chunked_loss(llama):
+        with pytest.raises(RopeError, match="already replaced"), chunked_loss(llama):
             pass
         assert llama(ids, labels=ids).logits.shape[1] == 0
         assert llama(ids).logits.shape[1] == ids.shape[1]

@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, Trainer
 
 from hf_rope_ext import RopeError, load_pretrained
-from hf_rope_ext.finetune import RememberRope, finetune, merge_adapter, parse, with_adapter
+from hf_rope_ext.finetune import RememberRope, add_adapter, finetune, merge_adapter, parse
 from hf_rope_ext.finetune.trainer import last_checkpoint
 from hf_rope_ext.patching.patch import patch_model
 from hf_rope_ext.rotary.installed import patch_of
@@ -232,7 +232,7 @@ def test_any_trainer_can_remember_the_rope(tmp_path, model, data):
     base = patch_model(AutoModelForCausalLM.from_pretrained(model), "yarn", factor=2)
     rows = [{"input_ids": torch.arange(20), "labels": torch.arange(20)}] * 4
     trainer = Trainer(
-        model=with_adapter(base),
+        model=add_adapter(base),
         args=training(tmp_path / "out", max_steps=2, eval_strategy="no"),
         train_dataset=rows,
         callbacks=[RememberRope()],
@@ -328,9 +328,9 @@ def test_a_recipe_is_a_file_with_flags_over_it(tmp_path):
     [
         "eval_steps:\ncheck_memory: false\nlora_targets: q_proj\nseparator: --- \nrun_name: ''\n"
         "lr_scheduler_kwargs: {num_cycles: 2}\nreport_to: [none]\nmax_steps: -1\n",
-        '{"eval_steps": null, "check_memory": false, "lora_targets": ["q_proj"], "separator": "---",'
-        ' "run_name": "", "lr_scheduler_kwargs": {"num_cycles": 2}, "report_to": ["none"],'
-        ' "max_steps": -1}',
+        '{"eval_steps": null, "check_memory": false, "lora_targets": ["q_proj"],'
+        ' "separator": "---", "run_name": "", "lr_scheduler_kwargs": {"num_cycles": 2},'
+        ' "report_to": ["none"], "max_steps": -1}',
     ],
 )
 def test_a_file_can_hold_every_kind_of_value(tmp_path, text):
