@@ -22,7 +22,7 @@ from hf_rope_ext.assets import DIRECTORY, TEXT
 from hf_rope_ext.evals.text import tokenize
 from hf_rope_ext.evals.text_passkey import SENTENCE
 from hf_rope_ext.finetune import Recipe, finetune
-from hf_rope_ext.finetune.callback import Evaluation
+from hf_rope_ext.finetune.evaluation import Evaluation
 
 METHODS = ("none", "linear", "ntk", "yarn")
 TRAINED, FACTOR = 512, 4

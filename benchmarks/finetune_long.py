@@ -23,7 +23,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainerCallback
 
 from hf_rope_ext import patch_model
 from hf_rope_ext.finetune import add_adapter, chunked_loss, use_shifted_attention
-from hf_rope_ext.finetune.memory import out_of_memory
+from hf_rope_ext.finetune.memory import is_out_of_memory
 
 VOCABULARY, FACTOR, WARM = 128_256, 4, 2
 
@@ -133,7 +133,7 @@ def main() -> None:
         try:
             print(json.dumps(train(SIDES[wanted.side], **sizes)))
         except RuntimeError as error:
-            if not out_of_memory(error):
+            if not is_out_of_memory(error):
                 raise
             print(json.dumps({"out of memory": True}))
         return

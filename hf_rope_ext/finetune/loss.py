@@ -47,7 +47,8 @@ class _HeadLoss(torch.autograd.Function):
                 part = hidden[rows].detach().requires_grad_(needs_hidden)
                 logits = head(part[None])[0]
             loss, grad = _loss_and_grad(logits.detach(), labels[rows])
-            grads = list(torch.autograd.grad(logits, [part] * needs_hidden + list(weights), grad))
+            inputs = [part] * needs_hidden + list(weights)
+            grads = list(torch.autograd.grad(logits, inputs, grad)) if inputs else []
             if hidden_grad is not None:
                 hidden_grad[rows] = grads.pop(0)
             for accumulated, grad in zip(weight_grads, grads, strict=True):
@@ -83,17 +84,12 @@ def chunked_cross_entropy(
     Returns:
         float32, a scalar.
     """
+    if not torch.is_grad_enabled():
+        hidden, weights = hidden.detach(), ()
     trained = [weight for weight in weights if weight.requires_grad]
-    if torch.is_grad_enabled() and (hidden.requires_grad or trained):
-        apply: Any = _HeadLoss.apply
-        loss: Tensor = apply(hidden, labels, chunk, head, *trained)
-        return loss
-    total = hidden.new_zeros((), dtype=torch.float32)
-    for start in range(0, len(hidden), chunk):
-        rows = slice(start, start + chunk)
-        logits = head(hidden[rows][None])[0].float()
-        total += functional.cross_entropy(logits, labels[rows], reduction="sum")
-    return total
+    apply: Any = _HeadLoss.apply
+    loss: Tensor = apply(hidden, labels, chunk, head, *trained)
+    return loss
 
 
 def linear_cross_entropy(hidden: Tensor, labels: Tensor, head: nn.Linear, chunk: int) -> Tensor:

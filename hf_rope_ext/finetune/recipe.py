@@ -1,7 +1,7 @@
 """The settings of a fine-tune, from a YAML file, flags or Python."""
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -203,10 +203,6 @@ class Recipe:
                 f"{self.factor_schedule!r}."
             )
         return stages
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return the recipe as JSON data."""
-        return asdict(self)
 
 
 def parse(words: Sequence[str], config: Path | None = None) -> tuple[Recipe, Any]:

@@ -21,10 +21,10 @@ from hf_rope_ext import (
 )
 from hf_rope_ext.finetune import (
     add_adapter,
+    find_norms_and_embeddings,
+    find_target_modules,
     load_adapter,
     merge_adapter,
-    norms_and_embeddings,
-    target_modules,
 )
 from hf_rope_ext.saving.adapters import ADAPTER_RECORD
 
@@ -74,7 +74,7 @@ LLAMA_MLP = {"gate_proj", "up_proj", "down_proj"}
 )
 def test_targets_are_the_attention_projections_of_the_text_model(model_type, last):
     model = zoo.build(model_type)
-    paths = target_modules(model)
+    paths = find_target_modules(model)
 
     assert {path.rsplit(".", 1)[-1] for path in paths} == last
     assert not any("visual" in path or "vision" in path for path in paths)
@@ -86,17 +86,17 @@ def test_targets_are_the_attention_projections_of_the_text_model(model_type, las
 
 
 def test_every_linear_layer_of_the_blocks_can_be_a_target(llama):
-    last = {path.rsplit(".", 1)[-1] for path in target_modules(llama, "all-linear")}
+    last = {path.rsplit(".", 1)[-1] for path in find_target_modules(llama, "all-linear")}
 
     assert last == LLAMA_ATTENTION | LLAMA_MLP
-    with pytest.raises(RopeError, match="attention, all-linear"):
-        target_modules(llama, "mlp")
+    with pytest.raises(RopeError, match="'attention', 'all-linear'"):
+        find_target_modules(llama, "mlp")
 
 
 def test_norms_are_those_of_the_hidden_state_and_no_others():
     """By suffix, as recipes write them, `norm` would also catch q_norm and k_norm."""
     model = zoo.build("qwen3")
-    paths = norms_and_embeddings(model)
+    paths = find_norms_and_embeddings(model)
 
     assert {path.rsplit(".", 1)[-1] for path in paths} == {
         "embed_tokens",
@@ -104,7 +104,7 @@ def test_norms_are_those_of_the_hidden_state_and_no_others():
         "post_attention_layernorm",
         "norm",
     }
-    wrapped = add_adapter(model, norms_and_embeddings_too=True)
+    wrapped = add_adapter(model, norms_and_embeddings=True)
     free = {
         name
         for name, weight in wrapped.named_parameters()
@@ -117,7 +117,7 @@ def test_norms_are_those_of_the_hidden_state_and_no_others():
 @pytest.mark.parametrize("tied", [False, True])
 def test_a_trained_embedding_stays_tied_and_comes_back(tmp_path, ids, tied):
     base = write_model(tmp_path / "base", tie_word_embeddings=tied)
-    model = tuned(base, ids, norms_and_embeddings_too=True)
+    model = tuned(base, ids, norms_and_embeddings=True)
     embedding = model.get_input_embeddings()
     head = model.get_output_embeddings()
 
@@ -266,12 +266,12 @@ def test_merging_writes_over_nothing(tmp_path, base):
     with pytest.raises(RopeError, match="holds no adapter"):
         merge_adapter(base, tmp_path / "merged")
     (tmp_path / "adapter_config.json").write_text("{}")
-    with pytest.raises(RopeError, match="exists already"):
+    with pytest.raises(RopeError, match="already exists"):
         merge_adapter(tmp_path, base)
 
 
 def test_what_cannot_be_trained_is_refused(llama):
-    with pytest.raises(RopeError, match="lora, rslora, dora, full"):
+    with pytest.raises(RopeError, match="'lora', 'rslora', 'dora', 'full'"):
         add_adapter(llama, "qora")
     with pytest.raises(RopeError, match="lora_rank"):
         add_adapter(llama, rank=0)

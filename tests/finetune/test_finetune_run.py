@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM, Trainer
 
 from hf_rope_ext import RopeError, load_pretrained
 from hf_rope_ext.finetune import RememberRope, add_adapter, finetune, merge_adapter, parse
-from hf_rope_ext.finetune.trainer import last_checkpoint
+from hf_rope_ext.finetune.output_dir import find_last_checkpoint
 from hf_rope_ext.patching.patch import patch_model
 from hf_rope_ext.rotary.installed import patch_of
 
@@ -120,7 +120,7 @@ def resumable(model, data, out, **settings):
 KILLED = """
 import os, signal, sys
 from pathlib import Path
-sys.path.insert(0, sys.argv[1])
+sys.path[:0] = [sys.argv[1], sys.argv[1] + "/finetune"]
 from transformers import TrainerCallback
 from hf_rope_ext.finetune import finetune, run
 from test_finetune_run import resumable
@@ -163,8 +163,8 @@ def test_a_checkpoint_that_was_being_written_is_passed_over(tmp_path, model, dat
     state.write_text(state.read_text()[:100])
     (tmp_path / "out" / "checkpoint-6").mkdir()
 
-    assert last_checkpoint(tmp_path / "out").name == "checkpoint-2"
-    assert last_checkpoint(tmp_path / "none") is None
+    assert find_last_checkpoint(tmp_path / "out").name == "checkpoint-2"
+    assert find_last_checkpoint(tmp_path / "none") is None
 
 
 def test_another_run_is_neither_written_over_nor_continued_with_other_settings(
@@ -172,7 +172,7 @@ def test_another_run_is_neither_written_over_nor_continued_with_other_settings(
 ):
     finetune(recipe(model, data), training(tmp_path / "out", max_steps=1))
 
-    with pytest.raises(RopeError, match="holds a run already"):
+    with pytest.raises(RopeError, match="already holds a run"):
         finetune(recipe(model, data), training(tmp_path / "out", max_steps=1))
     with pytest.raises(RopeError, match=r"factor was 2\.0.*max_steps was 1"):
         finetune(
@@ -183,7 +183,7 @@ def test_another_run_is_neither_written_over_nor_continued_with_other_settings(
 SHARED = """
 import sys
 from pathlib import Path
-sys.path.insert(0, sys.argv[1])
+sys.path[:0] = [sys.argv[1], sys.argv[1] + "/finetune"]
 from hf_rope_ext.finetune import finetune
 from test_finetune_run import shared
 paths = map(Path, sys.argv[2:5])
@@ -394,9 +394,9 @@ def test_a_recipe_without_a_model_or_data_is_refused(tmp_path, model, data):
 
 
 def test_where_nothing_can_be_written_nothing_is_started(tmp_path, model, data):
-    with pytest.raises(RopeError, match="nothing can be written to"):
+    with pytest.raises(RopeError, match="is not writable"):
         finetune(recipe(model, data), training(data / "out"))
-    with pytest.raises(RopeError, match="nothing can be written to"):
+    with pytest.raises(RopeError, match="is not writable"):
         finetune(recipe(model, data), training(Path("/proc/self/out")))
 
 
@@ -410,7 +410,7 @@ def test_a_base_that_was_saved_patched_is_refused(tmp_path, model, data):
 
 SHARDED = """
 import os, sys
-sys.path.insert(0, sys.argv[1])
+sys.path[:0] = [sys.argv[1], sys.argv[1] + "/finetune"]
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh

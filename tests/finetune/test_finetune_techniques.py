@@ -8,7 +8,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hf_rope_ext import RopeError, load_pretrained, patch_model
 from hf_rope_ext.finetune import finetune, position_skips, use_shifted_attention
-from hf_rope_ext.finetune.build import windowed
+from hf_rope_ext.finetune.build import spare_short_requests
 from hf_rope_ext.finetune.sequences import MixedWindows, collate
 from hf_rope_ext.methods import DynamicYarn, LongRope, Yarn
 from hf_rope_ext.rotary.installed import patch_of
@@ -69,12 +69,12 @@ def test_skipped_positions_are_the_positions_the_model_computes_with(method, ids
 
 
 def test_offsets_of_another_length_and_unpatched_models_are_refused(ids):
-    with pytest.raises(RopeError, match="patch_model has patched"), position_skips(tiny_llama()):
+    with pytest.raises(RopeError, match="patched by patch_model"), position_skips(tiny_llama()):
         pass
     model = patch_model(tiny_llama(), "yarn", factor=4)
     with position_skips(model) as skips:
         skips.set(offsets(30))
-        with pytest.raises(RopeError, match="for 30 tokens met a forward of 200"):
+        with pytest.raises(RopeError, match="for 30 tokens, but the forward pass has 200"):
             model(ids)
     assert logits(model, ids).shape[1] == 200
 
@@ -96,15 +96,15 @@ def test_a_run_with_skips_trains_far_distances_on_few_tokens(tmp_path):
 
     import hf_rope_ext.finetune.run as module
 
-    trainable = module.trainable
+    make_trainable = module.make_trainable
     with pytest.MonkeyPatch.context() as patch:
 
         def watched(model, how):
-            wrapped = trainable(model, how)
+            wrapped = make_trainable(model, how)
             watch(wrapped)
             return wrapped
 
-        patch.setattr(module, "trainable", watched)
+        patch.setattr(module, "make_trainable", watched)
         finetune(
             recipe(base, data, factor=4.0, pose_length=32),
             training(tmp_path / "out", save_strategy="no", eval_strategy="no"),
@@ -225,7 +225,7 @@ def test_short_windows_run_with_the_original_frequencies_and_long_ones_with_the_
     stock, scaled, mixed = tiny_llama(), tiny_llama(), tiny_llama()
     patch_model(scaled, "linear", factor=4)
     geometry = patch_of(scaled).resolved.sites[0].geometry
-    method = windowed(patch_of(scaled).resolved.method, geometry)
+    method = spare_short_requests(patch_of(scaled).resolved.method, geometry)
     patch_model(mixed, method)
 
     short, long = ids[:, :TRAINED], ids
@@ -233,8 +233,8 @@ def test_short_windows_run_with_the_original_frequencies_and_long_ones_with_the_
     torch.testing.assert_close(logits(mixed, long), logits(scaled, long), rtol=1e-4, atol=1e-4)
     assert isinstance(method, LongRope)
     follows = DynamicYarn(factor=4)
-    assert windowed(follows, geometry) is follows
-    assert windowed(Yarn(factor=4), geometry).attention_factor == 1.0
+    assert spare_short_requests(follows, geometry) is follows
+    assert spare_short_requests(Yarn(factor=4), geometry).attention_factor == 1.0
 
 
 def test_a_run_with_mixed_windows_keeps_short_texts_as_they_are(tmp_path, ids):
