@@ -78,7 +78,13 @@ def patch(model: nn.Module, recipe: Recipe, factor: float | None = None) -> int:
         RopeError: If the model cannot be patched so.
     """
     before = patch_of(model)
-    geometry = (before.resolved.sites if before else _read_sites(model, recipe))[0].geometry
+    original = recipe.original_max_position_embeddings
+    sites = (
+        before.resolved.sites
+        if before
+        else read_sites(model, original_max_position_embeddings=original)
+    )
+    geometry = sites[0].geometry
     trained = geometry.original_max_position_embeddings
     factor = factor or recipe.factor
     if recipe.target_length is not None:
@@ -147,12 +153,6 @@ def make_trainable(model: nn.Module, recipe: Recipe) -> nn.Module:
     if recipe.shifted_groups is not None:
         use_shifted_attention(model, recipe.shifted_groups)
     return model
-
-
-def _read_sites(model: nn.Module, recipe: Recipe) -> list[Any]:
-    return read_sites(
-        model, original_max_position_embeddings=recipe.original_max_position_embeddings
-    )
 
 
 def _make_quantization_config(recipe: Recipe) -> Any:

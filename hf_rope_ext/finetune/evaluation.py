@@ -1,5 +1,7 @@
 """Evaluate perplexity and passkey retrieval by length during training."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,7 +12,6 @@ from hf_rope_ext.errors import RopeError
 from hf_rope_ext.evals.compare import TOKENS_AT_ONCE
 from hf_rope_ext.evals.perplexity import PerplexityTask
 from hf_rope_ext.evals.text_passkey import PasskeyTask
-from hf_rope_ext.finetune.modes import eval_mode
 
 
 @dataclass(frozen=True)
@@ -79,6 +80,18 @@ class Evaluation:
                     measure = task.measure(plain, length, size, lambda samples: None)
                     scores[f"{task.name}_{length}"] = float(measure[task.metric])
         return scores
+
+
+@contextmanager
+def eval_mode(model: nn.Module) -> Iterator[None]:
+    """Put a model in evaluation mode for a ``with`` block, then restore each module's own mode."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
 
 
 class _NoInferenceMode(nn.Module):

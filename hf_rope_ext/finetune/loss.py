@@ -17,7 +17,7 @@ from torch.nn import functional
 
 from hf_rope_ext.checks import require_integer
 from hf_rope_ext.errors import RopeError
-from hf_rope_ext.finetune.modes import eval_mode
+from hf_rope_ext.finetune.evaluation import eval_mode
 
 IGNORED = -100
 """The label of a token that is not predicted, as in transformers."""
@@ -212,15 +212,16 @@ class _ChunkedForward:
         return output
 
     def _sum_losses(self, hidden: Tensor, labels: Tensor, output: type[Any]) -> Tensor:
-        call = _Head(self.causal, output)
+        call = _make_head(self.causal, output)
         head = self.causal.get_output_embeddings()
-        if _can_bypass(head) and self.linear is None:
+        can_bypass = _can_bypass(head)
+        if can_bypass and self.linear is None:
             # large inputs, because a soft cap hardly changes small logits
             sample = torch.linspace(-1000, 1000, hidden.shape[-1]).to(head.weight)[None]
             with torch.no_grad():
                 expected = functional.linear(sample, head.weight, head.bias)
                 self.linear = torch.equal(call(sample[None])[0], expected)
-        if _can_bypass(head) and self.linear:
+        if can_bypass and self.linear:
             return linear_cross_entropy(hidden, labels, head, self.chunk)
         return chunked_cross_entropy(hidden, labels, call, tuple(head.parameters()), self.chunk)
 
@@ -240,30 +241,22 @@ def _can_bypass(head: nn.Module) -> bool:
     )
 
 
-class _Head:
-    """The part of a family's forward that follows its body."""
+def _make_head(causal: Any, output: type[Any]) -> Head:
+    """Return the part of a family's forward that follows its body."""
 
-    def __init__(self, causal: Any, output: type[Any]) -> None:
-        self.causal = causal
-        self.output = output
-
-    def __call__(self, hidden: Tensor) -> Tensor:
-        def body(*args: Any, **kwargs: Any) -> Any:
-            return self.output(last_hidden_state=hidden)
-
-        stand_in = _StandIn(self.causal, body)
-        logits: Tensor = (
-            type(self.causal).forward(stand_in, input_ids=None, return_dict=True).logits
-        )
+    def head(hidden: Tensor) -> Tensor:
+        stand_in = _StandIn(causal, lambda *args, **kwargs: output(last_hidden_state=hidden))
+        logits: Tensor = type(causal).forward(stand_in, input_ids=None, return_dict=True).logits
         return logits
+
+    return head
 
 
 class _StandIn:
     """A causal language model whose body is replaced."""
 
     def __init__(self, causal: Any, body: Callable[..., Any]) -> None:
-        self.__dict__["causal"] = causal
-        self.__dict__[_find_body_name(causal)] = body
+        self.__dict__ |= {"causal": causal, _find_body_name(causal): body}
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.__dict__["causal"], name)

@@ -58,15 +58,11 @@ class Recipe:
     factor: float | None = _option(None, "Target length over trained length.")
     target_length: int | None = _option(None, "Target length in positions, instead of factor.")
     original_max_position_embeddings: int | None = _option(
-        None, "Trained length, if the model's config has it wrong."
+        None, "Trained length, if not the config's."
     )
-    temperature: str = _option(
-        "rotation", "Where the method's temperature is applied: rotation or logits."
-    )
+    temperature: str = _option("rotation", "Where a method's temperature goes: rotation or logits.")
     replace: bool = _option(False, "Replace a scaling in the model's own config.")
-    sequence_length: int | None = _option(
-        None, "Tokens per training sequence; the target length by default."
-    )
+    sequence_length: int | None = _option(None, "Tokens per sequence; default: target length.")
     adapter: str = _option("lora", "lora, rslora, dora, or full to train the whole text model.")
     lora_rank: int = _option(8, "Rank of the adapter.")
     lora_alpha: float = _option(16.0, "LoRA's alpha; updates are scaled by alpha / rank.")
@@ -75,20 +71,14 @@ class Recipe:
         default_factory=lambda: ["attention"],
         metadata={"help": "attention, all-linear, or module names."},
     )
-    train_norms_and_embeddings: bool = _option(
-        False, "Also train the norms and the input embedding in full (LongLoRA)."
-    )
-    quantize: str = _option(
-        "none", "Quantize the frozen weights: none, 4bit or 8bit (needs bitsandbytes)."
-    )
+    train_norms_and_embeddings: bool = _option(False, "Also train norms and embedding (LongLoRA).")
+    quantize: str = _option("none", "none, 4bit or 8bit for the frozen weights (bitsandbytes).")
     dtype: str = _option(
         "float32",
         "Dtype of the frozen weights: float32, bfloat16 or float16. Adapters train in "
         "float32; with adapter=full all weights have this dtype.",
     )
-    attention: str | None = _option(
-        None, "transformers' attn_implementation; its own choice by default."
-    )
+    attention: str | None = _option(None, "attn_implementation; transformers' choice by default.")
     column: str = _option("text", "Dataset column with the text or the chat messages.")
     separator: str | None = _option(None, "String that separates documents within a text file.")
     chat: bool = _option(False, "The column holds messages to format with the chat template.")
@@ -96,23 +86,17 @@ class Recipe:
     dataset_split: str = _option("train", "Split of the dataset.")
     packing: str = _option("join", "join documents end to end, or cut each separately.")
     held_out: float = _option(0.02, "Share of the tokens held out for evaluation.")
-    cache: str | None = _option(
-        None, "Directory for tokenized data; the cache of datasets by default."
-    )
+    cache: str | None = _option(None, "Directory for tokenized data; datasets' cache by default.")
     pose_length: int | None = _option(
         None, "Train on this many tokens, with positions that skip over the target length (PoSE)."
     )
-    shifted_groups: int | None = _option(
-        None, "Split training attention into this many shifted groups (S2-Attn)."
-    )
+    shifted_groups: int | None = _option(None, "Shifted groups of training attention (S2-Attn).")
     mixed_windows: float | None = _option(
         None,
         "Share of the sequences cut to the trained length and run with the original "
         "frequencies (LongRoPE2).",
     )
-    factor_schedule: str | None = _option(
-        None, "Successive factors and their steps, such as 2:200,4:200."
-    )
+    factor_schedule: str | None = _option(None, "Successive factors with their steps: 2:200,4:200.")
     loss: str = _option("chunked", "chunked, liger (needs liger-kernel) or plain.")
     loss_chunk: int = _option(512, "Tokens whose logits are in memory at once.")
     eval_lengths: str | None = _option(
@@ -140,15 +124,10 @@ class Recipe:
             ("dtype", DTYPES),
         ):
             require_choice(name, getattr(self, name), choices)
-        for name, least in (
-            ("eval_windows", 1),
-            ("eval_targets", 1),
-            ("eval_passkeys", 0),
-            ("target_length", 1),
-            ("sequence_length", 2),
-            ("lora_rank", 1),
-            ("loss_chunk", 1),
-        ):
+        for name in ("eval_windows", "eval_targets", "lora_rank", "loss_chunk"):
+            require_integer(name, getattr(self, name), 1)
+        require_integer("eval_passkeys", self.eval_passkeys, 0)
+        for name, least in (("target_length", 1), ("sequence_length", 2)):
             if getattr(self, name) is not None:
                 require_integer(name, getattr(self, name), least)
         if self.factor is not None:
