@@ -1,7 +1,7 @@
-"""What a short LoRA fine-tune does to each method on the bundled model: perplexity and pass keys.
+"""Perplexity and passkey accuracy of each method before and after LoRA, on the bundled model.
 
-Half of the training text carries pass keys, as in the bundled model's own training. Run it as
-``python benchmarks/finetune_bundled.py``; with ``--keep FOLDER`` it goes on where it stopped.
+Half of the training texts contain passkeys, as in the bundled model's own training. Run it as
+``python benchmarks/finetune_bundled.py``; with ``--keep FOLDER`` it resumes where it stopped.
 """
 
 import argparse
@@ -22,14 +22,14 @@ from hf_rope_ext.assets import DIRECTORY, TEXT
 from hf_rope_ext.evals.text import tokenize
 from hf_rope_ext.evals.text_passkey import SENTENCE
 from hf_rope_ext.finetune import Recipe, finetune
-from hf_rope_ext.finetune.callback import Evaluation
+from hf_rope_ext.finetune.evaluation import Evaluation
 
 METHODS = ("none", "linear", "ntk", "yarn")
 TRAINED, FACTOR = 512, 4
 SHARE = 0.6
-"""Of the text that is trained on."""
+"""Share of the text that is trained on."""
 CHARACTERS = 4400
-"""Of a piece of text; four times the trained length in tokens."""
+"""Characters per training text: about four times the trained length in tokens."""
 
 SETTINGS: dict[str, Any] = {
     "max_steps": 60,
@@ -41,24 +41,24 @@ SETTINGS: dict[str, Any] = {
 LORA: dict[str, Any] = {"lora_rank": 8, "lora_alpha": 16.0, "lora_targets": ["all-linear"]}
 
 
-def pieces(text: str) -> Dataset:
-    """Return pieces of a text; every second one has a pass key in it and again at its end."""
-    draw = random.Random(0)
-    found = []
+def make_documents(text: str) -> Dataset:
+    """Cut a text into documents; every other one has a passkey inside and again at its end."""
+    generator = random.Random(0)
+    documents = []
     for number, start in enumerate(range(0, len(text) - CHARACTERS, CHARACTERS)):
         piece = text[start : start + CHARACTERS]
         if number % 2:
-            sentence = SENTENCE.format(key=f"{draw.randrange(100_000):05d}")
-            place = draw.randrange(len(piece))
+            sentence = SENTENCE.format(key=f"{generator.randrange(100_000):05d}")
+            place = generator.randrange(len(piece))
             piece = piece[:place] + sentence + piece[place:] + sentence
-        found.append(piece)
-    return Dataset.from_dict({"text": found})
+        documents.append(piece)
+    return Dataset.from_dict({"text": documents})
 
 
-def tuned(model: Path, text: Path, method: str, seed: int) -> dict[str, Any]:
-    """Return perplexity and pass keys by length before and after tuning.
+def tune(model: Path, text: Path, method: str, seed: int) -> dict[str, Any]:
+    """Return perplexity and passkey accuracy by length before and after tuning.
 
-    They are measured on the last part of the text, which is not trained on and hides no other keys.
+    They are measured on the last part of the text, which is not trained on and has no other keys.
     """
     words = text.read_text(encoding="utf-8")
     border = int(SHARE * len(words))
@@ -67,9 +67,9 @@ def tuned(model: Path, text: Path, method: str, seed: int) -> dict[str, Any]:
     evaluation = Evaluation.on(
         tokenize(tokenizer, words[border:]), tokenizer, lengths, windows=16, passkeys=50, seed=0
     )
-    knobs = {} if method == "none" else {"factor": FACTOR}
+    options = {} if method == "none" else {"factor": FACTOR}
     base = AutoModelForCausalLM.from_pretrained(model)
-    with patched(base, method, **knobs):
+    with patched(base, method, **options):
         before = evaluation.measure(base)
     with tempfile.TemporaryDirectory() as output:
         training = TrainingArguments(
@@ -89,15 +89,15 @@ def tuned(model: Path, text: Path, method: str, seed: int) -> dict[str, Any]:
             eval_lengths="1x",
             eval_windows=2,
             eval_passkeys=0,
-            **knobs,
+            **options,
             **LORA,
         )
-        done = finetune(recipe, training, data=pieces(words[:border]))
+        done = finetune(recipe, training, data=make_documents(words[:border]))
     return {"before": before, "after": evaluation.measure(done.model)}
 
 
 def main() -> None:
-    """Measure everything, keeping what is done, and write the result."""
+    """Run what has not been run yet, and write the result."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", type=Path, default=DIRECTORY)
     parser.add_argument("--text", type=Path, default=TEXT)
@@ -111,23 +111,23 @@ def main() -> None:
         for method in METHODS:
             path = arguments.keep / f"{method} {seed}.json"
             if not path.is_file():
-                path.write_text(json.dumps(tuned(arguments.model, arguments.text, method, seed)))
+                path.write_text(json.dumps(tune(arguments.model, arguments.text, method, seed)))
                 print(path.stem, path.read_text(), flush=True)
             runs[method].append(json.loads(path.read_text()))
     results = {
         method: {
             when: {
                 name: {
-                    "mean": statistics.fmean(run[when][name] for run in own),
+                    "mean": statistics.fmean(run[when][name] for run in method_runs),
                     "stdev": statistics.stdev(
-                        [run[when][name] for run in own] * (1 + (len(own) < 2))
+                        [run[when][name] for run in method_runs] * (1 + (len(method_runs) < 2))
                     ),
                 }
-                for name in own[0][when]
+                for name in method_runs[0][when]
             }
             for when in ("before", "after")
         }
-        for method, own in runs.items()
+        for method, method_runs in runs.items()
     }
     print(record("finetune_bundled", results, training=SETTINGS, lora=LORA, seeds=arguments.seeds))
 

@@ -1,9 +1,9 @@
-"""What a training step on a long sequence takes: memory and tokens a second beside plain Trainer.
+"""Memory and tokens per second of a training step on a long sequence, beside the plain Trainer.
 
 A Llama of about 200M parameters from config, patched to four times its trained length, with LoRA,
-trained by transformers' Trainer on one sequence at a time. Each side runs in a process of its own;
-one that runs out of memory says so. Run it as ``python benchmarks/finetune_long.py`` on a machine
-with a GPU; ``--tokens`` and ``--layers`` make it small enough for a CPU.
+trained by transformers' Trainer on one sequence at a time. Each side runs in a fresh process;
+running out of memory is recorded. Run it as ``python benchmarks/finetune_long.py`` on a machine
+with a GPU; ``--tokens`` and ``--layers`` scale it down to a CPU.
 """
 
 import argparse
@@ -22,8 +22,8 @@ from recording import record
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainerCallback, TrainingArguments
 
 from hf_rope_ext import patch_model
-from hf_rope_ext.finetune import chunked_loss, use_shifted_attention, with_adapter
-from hf_rope_ext.finetune.memory import out_of_memory
+from hf_rope_ext.finetune import add_adapter, chunked_loss, use_shifted_attention
+from hf_rope_ext.finetune.memory import is_out_of_memory
 
 VOCABULARY, FACTOR, WARM = 128_256, 4, 2
 
@@ -37,25 +37,25 @@ SIDES: dict[str, dict[str, bool]] = {
 
 
 class Clock(TrainerCallback):  # type: ignore[misc]
-    """Takes the time of each step."""
+    """Measures the time of each step."""
 
     def __init__(self) -> None:
         self.seconds: list[float] = []
-        self.began = 0.0
+        self.start = 0.0
 
     def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
-        """Start."""
-        _wait()
-        self.began = time.perf_counter()
+        """Start the clock."""
+        _synchronize()
+        self.start = time.perf_counter()
 
     def on_step_end(self, *args: Any, **kwargs: Any) -> None:
-        """Stop."""
-        _wait()
-        self.seconds.append(time.perf_counter() - self.began)
+        """Stop the clock."""
+        _synchronize()
+        self.seconds.append(time.perf_counter() - self.start)
 
 
 def train(side: dict[str, bool], tokens: int, layers: int, steps: int) -> dict[str, Any]:
-    """Return peak memory, tokens a second and the losses of a few steps."""
+    """Return peak memory, tokens per second and the losses of a few steps."""
     torch.manual_seed(0)
     cuda = torch.cuda.is_available()
     config = LlamaConfig(
@@ -70,8 +70,8 @@ def train(side: dict[str, bool], tokens: int, layers: int, steps: int) -> dict[s
     )
     with torch.device("cuda" if cuda else "cpu"):
         model: Any = LlamaForCausalLM(config).to(torch.bfloat16 if cuda else torch.float32)
-    parameters = sum(one.numel() for one in model.parameters())
-    model = with_adapter(patch_model(model, "yarn", factor=FACTOR))
+    parameters = sum(weight.numel() for weight in model.parameters())
+    model = add_adapter(patch_model(model, "yarn", factor=FACTOR))
     if side.get("shifted"):
         use_shifted_attention(model, 4)
     row = torch.randint(0, VOCABULARY, (tokens,))
@@ -102,19 +102,19 @@ def train(side: dict[str, bool], tokens: int, layers: int, steps: int) -> dict[s
         trainer.train()
     return {
         "parameters": parameters,
-        "peak bytes": _peak(),
+        "peak bytes": _read_peak(),
         "tokens per second": tokens / statistics.median(clock.seconds[WARM:]),
         "losses": [entry["loss"] for entry in trainer.state.log_history if "loss" in entry],
     }
 
 
-def _wait() -> None:
+def _synchronize() -> None:
     if torch.cuda.is_available():
         torch.cuda.synchronize()
 
 
-def _peak() -> int:
-    """Return the peak of the GPU's memory, or of the process where there is none."""
+def _read_peak() -> int:
+    """Return the peak of the GPU's memory, or of the process if there is none."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated()
     return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -127,13 +127,13 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=12)
     parser.add_argument("--steps", type=int, default=5)
     parser.add_argument("--side", choices=SIDES, help="measure one side and print it")
-    wanted = parser.parse_args()
-    sizes = {"tokens": wanted.tokens, "layers": wanted.layers, "steps": wanted.steps}
-    if wanted.side:
+    arguments = parser.parse_args()
+    sizes = {"tokens": arguments.tokens, "layers": arguments.layers, "steps": arguments.steps}
+    if arguments.side:
         try:
-            print(json.dumps(train(SIDES[wanted.side], **sizes)))
+            print(json.dumps(train(SIDES[arguments.side], **sizes)))
         except RuntimeError as error:
-            if not out_of_memory(error):
+            if not is_out_of_memory(error):
                 raise
             print(json.dumps({"out of memory": True}))
         return

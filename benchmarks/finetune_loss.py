@@ -1,30 +1,83 @@
-"""What the chunked loss saves and costs: peak memory and time of a training step beside plain.
+"""Memory, speed and accuracy of the chunked loss.
 
-Memory is the peak resident size of a fresh process that trains two steps with the Trainer, over the
-same process before its first step. Time is one forward and backward; both sides take turns. Run it
-as ``python benchmarks/finetune_loss.py``.
+The training step of a small model with all logits and with the chunked loss; and the loss alone, in
+four ways: with all logits, chunked by calling the head, by torch's ``linear_cross_entropy`` in the
+dtype of its inputs, and by the same in float32 (what the package does for plain heads on CPUs).
+
+Memory is the peak resident size of a fresh process over its size before the step. Time is that of
+the process for one forward and backward, and the ways take turns. The oracle of the accuracy is
+float64. Run it as ``python benchmarks/finetune_loss.py``.
 """
 
-import resource
+import json
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from contextlib import ExitStack
+from pathlib import Path
 from typing import Any
 
 import torch
 from recording import record
+from torch import Tensor, nn
+from torch.nn import functional
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
 
 from hf_rope_ext import patch_model
-from hf_rope_ext.finetune import chunked_loss, with_adapter
+from hf_rope_ext.finetune import add_adapter, chunked_loss
+from hf_rope_ext.finetune.loss import chunked_cross_entropy, linear_cross_entropy
 
-TOKENS, VOCABULARY, CHUNK, BLOCKS = 4096, 32_000, 512, 9
+TOKENS, VOCABULARY, CHUNK, BLOCKS = 4096, 32_000, 512, 3
+WIDTH = 576
+# tokens and vocabulary; small in bfloat16, whose products a CPU without instructions for them
+# computes over ten times more slowly
+MEMORY_SIZES = {"float32": [(4096, 49_152), (2048, 151_936)], "bfloat16": [(1024, 8192)]}
+SPEED_SIZES = {"float32": (2048, 49_152), "bfloat16": (512, 8192)}
+SPEED_BLOCKS = 2
+ACCURACY_SIZE, ACCURACY_CHUNK = (512, 8192), 32
 
 
-def build(adapter: str = "lora") -> Any:
+def torch_cross_entropy(hidden: Tensor, labels: Tensor, head: nn.Linear, chunk: int) -> Tensor:
+    """Return torch's chunked loss in the dtype of its inputs."""
+    options = nn.LinearCrossEntropyOptions(batch_chunk_size=chunk)
+    return functional.linear_cross_entropy(
+        hidden, head.weight, labels, reduction="sum", options=options
+    )
+
+
+LOSSES: dict[str, Callable[[Tensor, Tensor, nn.Linear, int], Tensor]] = {
+    "all logits": lambda hidden, labels, head, chunk: functional.cross_entropy(
+        head(hidden).float(), labels, reduction="sum"
+    ),
+    "calls": lambda hidden, labels, head, chunk: chunked_cross_entropy(
+        hidden, labels, head, (head.weight,), chunk
+    ),
+    "torch": torch_cross_entropy,
+    "torch in float32": linear_cross_entropy,
+}
+
+
+def select_losses(dtype: str) -> list[str]:
+    """Return the names of the losses that differ for a dtype."""
+    return [side for side in LOSSES if dtype != "float32" or side != "torch"]
+
+
+def build_inputs(
+    size: tuple[int, int], dtype: str, trained: bool
+) -> tuple[Tensor, Tensor, nn.Linear]:
+    """Return hidden states, labels and a head of a number of tokens and a vocabulary."""
+    torch.manual_seed(0)
+    tokens, vocabulary = size
+    head = nn.Linear(WIDTH, vocabulary, bias=False, dtype=getattr(torch, dtype))
+    head.requires_grad_(trained)
+    hidden = torch.randn(tokens, WIDTH, dtype=head.weight.dtype).requires_grad_()
+    return hidden, torch.randint(0, vocabulary, (tokens,)), head
+
+
+def build_model(adapter: str = "lora") -> Any:
     """Return a small patched model with a large vocabulary; ``"full"`` trains its head too."""
     torch.manual_seed(0)
     config = LlamaConfig(
@@ -36,20 +89,26 @@ def build(adapter: str = "lora") -> Any:
         num_key_value_heads=2,
         max_position_embeddings=1024,
     )
-    return with_adapter(patch_model(LlamaForCausalLM(config), "yarn", factor=4), adapter).train()
+    return add_adapter(patch_model(LlamaForCausalLM(config), "yarn", factor=4), adapter).train()
 
 
-def step(model: Any, ids: torch.Tensor) -> float:
-    """Run forward and backward and return the loss."""
-    model.zero_grad()
-    loss = model(input_ids=ids, labels=ids, use_cache=False).loss
-    loss.backward()
-    return float(loss.detach())
+def read_status(name: str) -> int:
+    """Return a size of this process, in bytes."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(f"{name}:"))
 
 
-def peak(side: str) -> None:
-    """Print the bytes that two steps of Trainer add to this process."""
-    model = build()
+def print_peak(step: Callable[[], Any]) -> None:
+    """Print the bytes by which a step's peak exceeds what was resident before it."""
+    Path("/proc/self/clear_refs").write_text("5")  # resets the peak
+    before = read_status("VmRSS")
+    step()
+    print(read_status("VmHWM") - before)
+
+
+def train(side: str) -> None:
+    """Print the peak of two steps of Trainer."""
+    model = build_model()
     row = torch.randint(0, VOCABULARY, (TOKENS,))
     with ExitStack() as stack, tempfile.TemporaryDirectory() as output:
         if side == "chunked":
@@ -64,24 +123,20 @@ def peak(side: str) -> None:
             dataloader_pin_memory=False,
             disable_tqdm=True,
         )
-        trainer = Trainer(
-            model=model, args=arguments, train_dataset=[{"input_ids": row, "labels": row}] * 2
-        )
-        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        trainer.train()
-    print(1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before))
+        rows = [{"input_ids": row, "labels": row}] * 2
+        print_peak(Trainer(model=model, args=arguments, train_dataset=rows).train)
 
 
-def memory(side: str) -> int:
-    """Return what `peak` prints in a fresh process."""
-    command = [sys.executable, __file__, side]
+def measure_memory(*words: Any) -> int:
+    """Return what this script prints last, called with these words in a fresh process."""
+    command = [sys.executable, __file__, json.dumps(words)]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     return int(done.stdout.split()[-1])
 
 
-def speed(adapter: str) -> dict[str, Any]:
+def measure_model_speed(adapter: str) -> dict[str, Any]:
     """Return the plain step's time over the chunked one's, block by block."""
-    model = build(adapter)
+    model = build_model(adapter)
     ids = torch.randint(0, VOCABULARY, (1, TOKENS))
     losses: dict[str, float] = {}
 
@@ -90,7 +145,10 @@ def speed(adapter: str) -> dict[str, Any]:
             if side == "chunked":
                 stack.enter_context(chunked_loss(model, CHUNK, probe=False))
             start = time.process_time()
-            losses[side] = step(model, ids)
+            model.zero_grad()
+            loss = model(input_ids=ids, labels=ids, use_cache=False).loss
+            loss.backward()
+            losses[side] = float(loss.detach())
             return time.process_time() - start
 
     seconds("plain"), seconds("chunked")
@@ -107,20 +165,95 @@ def speed(adapter: str) -> dict[str, Any]:
     }
 
 
+def measure_head_speed(dtype: str, trained: bool) -> dict[str, Any]:
+    """Return the seconds of forward and backward of each loss, the least of a few."""
+    inputs = build_inputs(SPEED_SIZES[dtype], dtype, trained)
+    seconds: dict[str, list[float]] = {side: [] for side in select_losses(dtype)}
+    for _ in range(SPEED_BLOCKS):
+        for side, taken in seconds.items():
+            start = time.process_time()
+            LOSSES[side](*inputs, CHUNK).backward()
+            taken.append(time.process_time() - start)
+    return {side: min(taken) for side, taken in seconds.items()}
+
+
+def measure_accuracy(dtype: str) -> dict[str, Any]:
+    """Return relative errors of loss and gradients against all logits in float64."""
+    hidden, labels, head = build_inputs(ACCURACY_SIZE, dtype, trained=True)
+
+    def run(loss: Any, hidden: Tensor, head: nn.Linear) -> tuple[Tensor, ...]:
+        hidden = hidden.detach().requires_grad_()
+        head.zero_grad()
+        total = loss(hidden, labels, head, ACCURACY_CHUNK)
+        total.backward()
+        assert hidden.grad is not None
+        assert head.weight.grad is not None
+        return total.detach().double(), hidden.grad.double(), head.weight.grad.double()
+
+    def oracle_loss(hidden: Tensor, labels: Tensor, head: nn.Linear, chunk: int) -> Tensor:
+        return functional.cross_entropy(head(hidden), labels, reduction="sum")
+
+    oracle = nn.Linear(WIDTH, ACCURACY_SIZE[1], bias=False, dtype=torch.float64)
+    oracle.load_state_dict(head.state_dict())
+    exact = run(oracle_loss, hidden.double(), oracle)
+    return {
+        side: {
+            name: float((value - true).norm() / true.norm())
+            for name, value, true in zip(
+                ("loss", "gradient of hidden states", "gradient of weight"),
+                run(LOSSES[side], hidden, head),
+                exact,
+                strict=True,
+            )
+        }
+        for side in select_losses(dtype)
+    }
+
+
 def main() -> None:
     """Measure everything and write the result."""
     torch.set_num_threads(1)
     if len(sys.argv) > 1:
-        peak(sys.argv[1])
+        side, *words = json.loads(sys.argv.pop())
+        if not words:
+            train(side)
+            return
+        size, dtype, trained = words
+        inputs = build_inputs(size, dtype, trained)
+        print_peak(lambda: LOSSES[side](*inputs, CHUNK).backward())
         return
-    peaks = {side: memory(side) for side in ("plain", "chunked")}
+    peaks = {side: measure_memory(side) for side in ("plain", "chunked")}
+    heads = {"frozen head": False, "trained head": True}
     results = {
         "peak bytes over the start": peaks,
         "chunked memory over plain": peaks["chunked"] / peaks["plain"],
-        "chunked speed over plain": speed("lora"),
-        "chunked speed over plain, head trained too": speed("full"),
+        "chunked speed over plain": measure_model_speed("lora"),
+        "chunked speed over plain, head trained too": measure_model_speed("full"),
+        "loss alone": {
+            "peak bytes": {
+                f"{dtype}, {size[0]} x {size[1]}, {name}": {
+                    side: measure_memory(side, size, dtype, trained)
+                    for side in select_losses(dtype)
+                }
+                for dtype, sizes in MEMORY_SIZES.items()
+                for size in sizes
+                for name, trained in heads.items()
+            },
+            "seconds": {
+                "{}, {} x {}, {}".format(dtype, *size, name): measure_head_speed(dtype, trained)
+                for dtype, size in SPEED_SIZES.items()
+                for name, trained in heads.items()
+            },
+            "relative errors": {
+                "{}, {} x {}, {} at once".format(dtype, *ACCURACY_SIZE, ACCURACY_CHUNK): (
+                    measure_accuracy(dtype)
+                )
+                for dtype in SPEED_SIZES
+            },
+        },
     }
-    print(record("finetune_loss", results, tokens=TOKENS, vocabulary=VOCABULARY, chunk=CHUNK))
+    settings = {"tokens": TOKENS, "vocabulary": VOCABULARY, "chunk": CHUNK, "width": WIDTH}
+    print(record("finetune_loss", results, **settings))
 
 
 if __name__ == "__main__":

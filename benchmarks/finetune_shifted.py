@@ -1,8 +1,8 @@
-"""What shifted sparse attention saves at 8192 tokens: time and memory beside full attention.
+"""Time and memory of shifted sparse attention at 8192 tokens, beside full attention.
 
-One attention layer, forward and backward, the two sides in turn; memory is the peak of a fresh
-process over its size before. Full attention is torch's fused kernel, which needs no memory for the
-scores, and transformers' eager one, which does. Run it as
+One attention layer, forward and backward, both sides in turn. Memory is the peak of a fresh process
+over its size before. Full attention is torch's fused kernel, which stores no scores, and
+transformers' eager attention, which does. Run it as
 ``python benchmarks/finetune_shifted.py``.
 """
 
@@ -25,8 +25,8 @@ TOKENS, HEADS, HEAD_DIM, GROUPS, BLOCKS = 8192, 4, 64, 4, 3
 FULL = {"fused": sdpa_attention_forward, "eager": eager_attention_forward}
 
 
-def layer() -> nn.Module:
-    """Return what the functions read of an attention module."""
+def make_layer() -> nn.Module:
+    """Return a module with the attributes that the attention functions read."""
     module = nn.Module()
     module.is_causal, module.num_key_value_groups = True, 1
     setattr(module, _GROUPS, GROUPS)
@@ -42,19 +42,19 @@ def run(side: str) -> None:
     mask = None
     if side == "eager":
         mask = torch.full((1, 1, TOKENS, TOKENS), -1e9).triu(1)
-    out, _ = function(layer(), query, key, value, mask, dropout=0.0, scaling=HEAD_DIM**-0.5)
+    out, _ = function(make_layer(), query, key, value, mask, dropout=0.0, scaling=HEAD_DIM**-0.5)
     out.sum().backward()
 
 
-def memory(side: str) -> int:
-    """Return the bytes that one run adds to a fresh process."""
+def measure_memory(side: str) -> int:
+    """Return the bytes that a run adds to a fresh process."""
     command = [sys.executable, __file__, side]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     return int(done.stdout.split()[-1])
 
 
-def seconds(side: str) -> float:
-    """Return the processor time of one run."""
+def measure_seconds(side: str) -> float:
+    """Return the processor time of a run, in seconds."""
     start = time.process_time()
     run(side)
     return time.process_time() - start
@@ -68,12 +68,12 @@ def main() -> None:
         run(sys.argv[1])
         print(1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before))
         return
-    peaks = {side: memory(side) for side in ("shifted", *FULL)}
+    peaks = {side: measure_memory(side) for side in ("shifted", *FULL)}
     times = {}
     for full in FULL:
         ratios = []
         for _ in range(BLOCKS):
-            took = [seconds(side) for side in (full, "shifted", "shifted", full)]
+            took = [measure_seconds(side) for side in (full, "shifted", "shifted", full)]
             ratios.append((took[1] + took[2]) / (took[0] + took[3]))
         times[full] = {
             "median": statistics.median(ratios),

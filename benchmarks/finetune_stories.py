@@ -1,9 +1,9 @@
-"""What a short LoRA fine-tune does to each method on real third-party weights and text.
+"""Perplexity of each method before and after LoRA, on third-party weights and text.
 
 Every method is patched in at 4x, measured, tuned on sequences of four times the trained length and
-measured again, with several seeds. Run it as ``python benchmarks/finetune_stories.py DIRECTORY``,
+measured again, for several seeds. Run it as ``python benchmarks/finetune_stories.py DIRECTORY``,
 where the directory holds ``stories260k/`` (karpathy's stories260K in Hugging Face form) and
-``tinystories.txt``; with ``--keep FOLDER`` it goes on where it stopped.
+``tinystories.txt``; with ``--keep FOLDER`` it resumes where it stopped.
 """
 
 import argparse
@@ -42,13 +42,13 @@ SETTINGS: dict[str, Any] = {
 LORA: dict[str, Any] = {"lora_rank": 8, "lora_alpha": 16.0, "lora_targets": ["all-linear"]}
 
 
-def stories(text: Path) -> Dataset:
-    """Return the stories of a file, one row each."""
-    found = text.read_text(encoding="utf-8").split("<|endoftext|>")
-    return Dataset.from_dict({"text": [one.strip() for one in found if one.strip()]})
+def read_stories(text: Path) -> Dataset:
+    """Return a dataset with one row for each story of a file."""
+    stories = text.read_text(encoding="utf-8").split("<|endoftext|>")
+    return Dataset.from_dict({"text": [story.strip() for story in stories if story.strip()]})
 
 
-def perplexities(model: Any, ids: torch.Tensor) -> dict[str, float]:
+def measure_perplexities(model: Any, ids: torch.Tensor) -> dict[str, float]:
     """Return the perplexity of the same tokens at each length."""
     task = PerplexityTask(ids, max(LENGTHS), WINDOWS, TARGETS)
     model.eval()
@@ -61,11 +61,11 @@ def perplexities(model: Any, ids: torch.Tensor) -> dict[str, float]:
         }
 
 
-def tuned(directory: Path, method: str, seed: int) -> dict[str, Any]:
+def tune(directory: Path, method: str, seed: int) -> dict[str, Any]:
     """Return the perplexities before and after tuning one method with one seed."""
     tokenizer = AutoTokenizer.from_pretrained(directory / "stories260k")
     model = AutoModelForCausalLM.from_pretrained(directory / "stories260k")
-    data = stories(directory / "tinystories.txt")
+    data = read_stories(directory / "tinystories.txt")
     rows = load_documents(Source(data), tokenizer)
     ids = split_stream(rows, HELD_OUT, max(LENGTHS))[1].tokens()
     with tempfile.TemporaryDirectory() as output:
@@ -92,49 +92,49 @@ def tuned(directory: Path, method: str, seed: int) -> dict[str, Any]:
         )
         done = finetune(recipe, training, model=model, tokenizer=tokenizer, data=data)
     losses = [entry["loss"] for entry in done.history if "loss" in entry]
-    return {"perplexity": perplexities(done.model, ids), "last losses": losses[-5:]}
+    return {"perplexity": measure_perplexities(done.model, ids), "last losses": losses[-5:]}
 
 
-def untuned(directory: Path) -> dict[str, dict[str, float]]:
+def measure_untuned(directory: Path) -> dict[str, dict[str, float]]:
     """Return the perplexities of every method before tuning."""
     tokenizer = AutoTokenizer.from_pretrained(directory / "stories260k")
     model = AutoModelForCausalLM.from_pretrained(directory / "stories260k")
-    rows = load_documents(Source(stories(directory / "tinystories.txt")), tokenizer)
+    rows = load_documents(Source(read_stories(directory / "tinystories.txt")), tokenizer)
     ids = split_stream(rows, HELD_OUT, max(LENGTHS))[1].tokens()
-    found = {}
+    results_by_method = {}
     for name, method in parse_methods(",".join(METHODS), FACTOR).items():
         with patched(model, method):
-            found[name] = perplexities(model, ids)
-    return found
+            results_by_method[name] = measure_perplexities(model, ids)
+    return results_by_method
 
 
-def summary(cells: dict[str, dict[str, Any]]) -> dict[str, Any]:
+def summarize(cells: dict[str, dict[str, Any]]) -> dict[str, Any]:
     """Return mean and standard deviation over seeds, by method and length."""
-    found: dict[str, Any] = {}
+    results_by_method: dict[str, Any] = {}
     for method in METHODS:
         runs = [cell["perplexity"] for key, cell in cells.items() if key.startswith(f"{method} ")]
-        found[method] = {
+        results_by_method[method] = {
             length: {
                 "mean": statistics.fmean(run[length] for run in runs),
                 "stdev": statistics.stdev(run[length] for run in runs) if len(runs) > 1 else 0.0,
             }
-            for length in (str(one) for one in LENGTHS)
+            for length in map(str, LENGTHS)
         }
-    return found
+    return results_by_method
 
 
 def main() -> None:
-    """Measure everything, keeping what is done, and write the result."""
+    """Run what has not been run yet, and write the result."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("directory", type=Path)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--keep", type=Path, default=Path(tempfile.mkdtemp()))
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    wanted: dict[str, Callable[[], Any]] = {"untuned": lambda: untuned(arguments.directory)}
+    wanted: dict[str, Callable[[], Any]] = {"untuned": lambda: measure_untuned(arguments.directory)}
     for seed in range(arguments.seeds):
         for method in METHODS:
-            wanted[f"{method} {seed}"] = partial(tuned, arguments.directory, method, seed)
+            wanted[f"{method} {seed}"] = partial(tune, arguments.directory, method, seed)
     arguments.keep.mkdir(exist_ok=True)
     for key, measure in wanted.items():
         path = arguments.keep / f"{key}.json"
@@ -143,7 +143,7 @@ def main() -> None:
             print(key, path.read_text(), flush=True)
     cells = {key: json.loads((arguments.keep / f"{key}.json").read_text()) for key in wanted}
     before = cells.pop("untuned")
-    after = summary(cells)
+    after = summarize(cells)
     base = before["none"][str(TRAINED)]
     reached = {name: row[str(FACTOR * TRAINED)]["mean"] / base for name, row in after.items()}
     results = {

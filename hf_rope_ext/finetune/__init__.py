@@ -1,6 +1,10 @@
-"""Fine-tune a patched model for a longer context, with adapters that remember their RoPE."""
+"""Fine-tune a patched model for a longer context, with adapters that record their RoPE."""
 
-from hf_rope_ext.finetune.lora import norms_and_embeddings, target_modules, with_adapter
+from hf_rope_ext.finetune.lora import (
+    add_adapter,
+    find_norms_and_embeddings,
+    find_target_modules,
+)
 from hf_rope_ext.finetune.loss import chunked_loss
 from hf_rope_ext.finetune.memory import estimate_memory
 from hf_rope_ext.finetune.merge import merge_adapter
@@ -16,15 +20,15 @@ __all__ = [
     "LongContextTrainer",
     "Recipe",
     "RememberRope",
+    "add_adapter",
     "chunked_loss",
     "estimate_memory",
+    "find_norms_and_embeddings",
+    "find_target_modules",
     "finetune",
     "load_adapter",
     "merge_adapter",
-    "norms_and_embeddings",
     "parse",
     "position_skips",
-    "target_modules",
     "use_shifted_attention",
-    "with_adapter",
 ]

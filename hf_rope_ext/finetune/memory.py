@@ -1,5 +1,7 @@
-"""What a fine-tune takes in memory, before it starts."""
+"""Estimate the memory that a fine-tune will use, before it starts."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -7,22 +9,22 @@ import torch
 from torch import nn
 
 from hf_rope_ext.errors import RopeError
-from hf_rope_ext.finetune.lora import text_model
+from hf_rope_ext.finetune.lora import find_text_model
 
 GIB = 2**30
 
 
 @dataclass(frozen=True)
 class MemoryEstimate:
-    """Bytes on one device.
+    """Memory of one device, in bytes.
 
     Args:
-        weights: All parameters and buffers.
-        training: Gradients and AdamW's two moments of the trained ones.
-        activations: What the backward pass needs of the decoder's layers.
+        weights: All parameters.
+        training: Gradients and AdamW's two moments of the trained parameters.
+        activations: Activations of the decoder's layers kept for the backward pass.
         loss: Logits and their gradients.
-        available: What the device has free, the weights that are on it already included.
-        device: Which.
+        available: Free memory of the device, including the weights that are already on it.
+        device: The device's name.
     """
 
     weights: int
@@ -34,24 +36,24 @@ class MemoryEstimate:
 
     @property
     def total(self) -> int:
-        """All of it."""
+        """The sum of all parts."""
         return self.weights + self.training + self.activations + self.loss
 
     def lines(self) -> list[str]:
-        """Return it as text, a line for each part."""
+        """Return the estimate as text, one line per part."""
         parts = ("weights", "training", "activations", "loss", "total", "available")
         return [f"{name:>12}: {getattr(self, name) / GIB:8.2f} GiB" for name in parts]
 
     def require_fit(self, advice: list[str]) -> None:
-        """Raise if it is more than there is.
+        """Check that the estimate fits the device.
 
         Raises:
-            RopeError: With ``advice`` on what to change.
+            RopeError: If it does not; the message lists ``advice``.
         """
         if self.total > self.available:
             raise RopeError(
-                f"training takes about {self.total / GIB:.1f} GiB on {self.device}, which has "
-                f"{self.available / GIB:.1f} GiB ({'; '.join(self.lines()[:4])}). Nothing was "
+                f"training needs about {self.total / GIB:.1f} GiB on {self.device}, which has "
+                f"{self.available / GIB:.1f} GiB free ({'; '.join(self.lines()[:4])}). Nothing was "
                 f"started. Try: {'; '.join(advice)}. check_memory=false starts anyway."
             )
 
@@ -67,27 +69,27 @@ def estimate_memory(
     shards: int = 1,
     device: torch.device | None = None,
 ) -> MemoryEstimate:
-    """Estimate what training takes, from shapes alone.
+    """Estimate the memory of training, from shapes alone.
 
-    Per token a layer keeps, in numbers: its input, what goes into attention and the MLP, queries,
-    keys, values, the attention's output, and three of the MLP's width. With activation
-    checkpointing only the input is kept, and the rest exists for one layer at a time.
+    Per token, a layer keeps its input, the inputs of attention and MLP, queries, keys, values, the
+    attention output, and four tensors of the MLP's width. With activation checkpointing only the
+    input is kept, and the rest exists for one layer at a time.
 
     Args:
-        model: The model as it is trained.
-        tokens: In one forward.
+        model: The model, with its adapter.
+        tokens: Tokens per forward pass.
         checkpointing: Whether activations are recomputed.
         offload: Whether the layers' inputs are kept in main memory.
-        loss_chunk: Tokens whose logits exist at once, None for all.
-        moment_bytes: The optimizer's bytes for each trained number.
-        shards: Devices that weights and their gradients are spread over.
-        device: Where the model will be trained; where it is if not given.
+        loss_chunk: Tokens whose logits are in memory at once, None for all.
+        moment_bytes: Bytes of optimizer state per trained parameter.
+        shards: Devices over which weights and gradients are sharded.
+        device: Where the model will be trained; its current device by default.
     """
     parameters = list(model.parameters())
-    trained = [one for one in parameters if one.requires_grad]
-    weights = sum(one.numel() * one.element_size() for one in parameters)
-    training = sum(one.numel() * (one.element_size() + moment_bytes) for one in trained)
-    _, text = text_model(model)
+    weights = sum(weight.nbytes for weight in parameters)
+    trained = [weight for weight in parameters if weight.requires_grad]
+    training = sum(weight.nbytes + weight.numel() * moment_bytes for weight in trained)
+    _, text = find_text_model(model)
     config: Any = text.config
     size = _activation_bytes(model)
     hidden, layers = config.hidden_size, config.num_hidden_layers
@@ -101,22 +103,42 @@ def estimate_memory(
         activations = tokens * (kept + 2 * inside) * size
     else:
         activations = tokens * layers * inside * size
-    shown = tokens if loss_chunk is None else min(loss_chunk, tokens)
-    # the model's own logits, float32 ones, their log-softmax and its gradient
-    loss = shown * config.vocab_size * (size + 12)
-    here = parameters[0].device
-    device = device or here
-    available = _free(device) + (weights if here.type == device.type != "meta" else 0)
+    rows = tokens if loss_chunk is None else min(loss_chunk, tokens)
+    # the logits in the model's dtype and in float32, their log-softmax, and its gradient
+    loss = rows * config.vocab_size * (size + 12)
+    current = parameters[0].device
+    device = device or current
+    available = _free(device) + (weights if current.type == device.type != "meta" else 0)
     return MemoryEstimate(
         weights // shards, training // shards, activations, loss, available, str(device)
     )
 
 
-def out_of_memory(error: BaseException) -> bool:
-    """Return whether an error says that memory ran out."""
+def is_out_of_memory(error: BaseException) -> bool:
+    """Return whether an error means that memory ran out."""
     return isinstance(error, torch.OutOfMemoryError | MemoryError) or (
         isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
     )
+
+
+@contextmanager
+def explain_out_of_memory() -> Iterator[None]:
+    """Turn a lack of memory in a ``with`` block into an error that says what to change.
+
+    Raises:
+        RopeError: If memory runs out.
+    """
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        reason = str(error).partition("\n")[0]
+        raise RopeError(
+            f"the device ran out of memory: {reason}. Checkpoints saved so far "
+            f"are kept. Use a shorter sequence_length, activation_checkpointing=true, "
+            f"loss=chunked, quantize=4bit, or pose_length."
+        ) from error
 
 
 def _activation_bytes(model: nn.Module) -> int:

@@ -1,8 +1,8 @@
-"""PoSE: train on short sequences whose positions skip, so that far distances are seen.
+"""PoSE: train on short sequences whose positions skip, so that the model sees long distances.
 
-Positions are moved inside the rotary embedding. Handed to the model as ``position_ids``, a jump
-reads as the border of a packed document to transformers, which then masks the attention across it:
-exactly the attention that PoSE means to train.
+Positions are shifted inside the rotary embedding. In ``position_ids``, transformers would take a
+skip for the border of a packed document and mask the attention across it, which is exactly the
+attention that PoSE trains.
 """
 
 from collections.abc import Iterator
@@ -18,48 +18,40 @@ from hf_rope_ext.rotary.installed import patch_of
 
 
 class PositionSkips:
-    """Adds an offset per token to the positions that a patched model's rotary embeddings see.
+    """Per-token offsets to the positions that a patched model's rotary embeddings see.
 
-    Masks, caches and everything else still see the true positions.
+    Masks, caches and everything else still see the unshifted positions.
     """
 
     def __init__(self) -> None:
         self.offsets: Tensor | None = None
 
     def set(self, offsets: Tensor | None) -> None:
-        """Set what the next forward adds, ``(batch, seq)``; None for nothing."""
+        """Set the offsets of the next forward pass, ``(batch, seq)``, or None."""
         self.offsets = offsets
 
     def __call__(self, module: nn.Module, args: Any, kwargs: Any) -> tuple[Any, Any]:
-        """Move the positions in a rotary embedding's arguments."""
+        """Shift the positions in a rotary embedding's arguments."""
         if self.offsets is None:
             return args, kwargs
         if "position_ids" in kwargs:
-            return args, {**kwargs, "position_ids": self._moved(kwargs["position_ids"])}
+            return args, {**kwargs, "position_ids": _shift(kwargs["position_ids"], self.offsets)}
         x, positions, *rest = args
-        return (x, self._moved(positions), *rest), kwargs
-
-    def _moved(self, positions: Tensor) -> Tensor:
-        if self.offsets is None or positions.shape[-1] != self.offsets.shape[-1]:
-            raise RopeError(
-                f"position offsets for {None if self.offsets is None else self.offsets.shape[-1]} "
-                f"tokens met a forward of {positions.shape[-1]}."
-            )
-        return positions + self.offsets.to(positions.device)
+        return (x, _shift(positions, self.offsets), *rest), kwargs
 
 
 @contextmanager
 def position_skips(model: nn.Module) -> Iterator[PositionSkips]:
-    """Let positions be moved inside a patched model's rotary embeddings for a ``with`` block.
+    """Allow position offsets inside a patched model's rotary embeddings for a ``with`` block.
 
     Args:
         model: A patched model.
 
     Yields:
-        What to set the offsets on.
+        The object that takes the offsets.
 
     Raises:
-        RopeError: If the model is not patched, or keeps its angles in a table.
+        RopeError: If the model is not patched, or looks its angles up in a table.
     """
     patch = patch_of(model)
     rotaries = [
@@ -69,8 +61,8 @@ def position_skips(model: nn.Module) -> Iterator[PositionSkips]:
     ]
     if not rotaries or any(isinstance(module, ExtendedTable) for module in rotaries):
         raise RopeError(
-            "skip-wise positions need a model that patch_model has patched and whose family "
-            "computes its angles from positions."
+            "skip-wise positions need a model patched by patch_model, of a family that computes "
+            "its angles from positions."
         )
     skips = PositionSkips()
     hooks = [module.register_forward_pre_hook(skips, with_kwargs=True) for module in rotaries]
@@ -79,3 +71,12 @@ def position_skips(model: nn.Module) -> Iterator[PositionSkips]:
     finally:
         for hook in hooks:
             hook.remove()
+
+
+def _shift(positions: Tensor, offsets: Tensor) -> Tensor:
+    if positions.shape[-1] != offsets.shape[-1]:
+        raise RopeError(
+            f"position offsets are for {offsets.shape[-1]} tokens, but the forward pass has "
+            f"{positions.shape[-1]}."
+        )
+    return positions + offsets.to(positions.device)

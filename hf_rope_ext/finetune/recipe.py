@@ -1,21 +1,22 @@
-"""What a fine-tune is made of, from a YAML file, flags or Python."""
+"""The settings of a fine-tune, from a YAML file, flags or Python."""
 
-import difflib
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+from hf_rope_ext.checks import require_choice, require_integer, require_number, suggest
 from hf_rope_ext.errors import RopeError
 from hf_rope_ext.finetune.lora import ADAPTERS
 from hf_rope_ext.finetune.sequences import PACKINGS
 
 LOSSES = ("chunked", "liger", "plain")
 QUANTIZATIONS = ("none", "4bit", "8bit")
+DTYPES = ("float32", "bfloat16", "float16")
 
 DEFAULTS: dict[str, Any] = {
-    # YaRN (arXiv:2309.00071, sec. 4.1): 400 steps at 2e-5 with 20 to warm up; with LoRA LongLoRA's
-    # own scripts take the same rate
+    # YaRN (arXiv:2309.00071, sec. 4.1): 400 steps at 2e-5 with 20 to warm up; LongLoRA's scripts
+    # use the same rate with LoRA
     "learning_rate": 2e-5,
     "lr_scheduler_type": "constant_with_warmup",
     "warmup_steps": 20,
@@ -32,129 +33,109 @@ DEFAULTS: dict[str, Any] = {
     "report_to": "none",
     "seed": 0,
 }
-"""Where this package's defaults for transformers' TrainingArguments are not transformers' own."""
+"""Defaults for transformers' TrainingArguments that differ from transformers' own."""
+
+
+def _option(default: Any, text: str) -> Any:
+    """Return a dataclass field with a default and its help text."""
+    return field(default=default, metadata={"help": text})
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """What is trained on what; how is transformers' ``TrainingArguments``.
+    """The settings of a fine-tune that are not in transformers' ``TrainingArguments``.
 
-    Args:
-        model: Directory or hub id of the base model.
-        data: A text, JSONL or Parquet file, a directory of a saved dataset or of such files, or a
-            dataset's hub id.
-        method: What extends the context, with knobs as on the command line (yarn:beta_fast=16).
-        factor: Target over trained length.
-        target_length: Target length in positions, instead of factor.
-        original_max_position_embeddings: Trained length, where the config's is not it.
-        temperature: rotation or logits, where a method's temperature goes.
-        replace: Replace a scaling in the model's own config.
-        sequence_length: Tokens of a training sequence; the target length if not given.
-        adapter: lora, rslora, dora, or full for every weight of the text model.
-        lora_rank: Rank of the adapter.
-        lora_alpha: Scale of the adapter, times the rank.
-        lora_dropout: Dropout on the adapter's input.
-        lora_targets: attention, all-linear, or names of modules.
-        train_norms_and_embeddings: Train norms and the input embedding in full too (LongLoRA).
-        quantize: none, 4bit or 8bit, of the frozen weights (QLoRA; needs bitsandbytes).
-        dtype: float32, bfloat16 or float16, of the frozen weights; the trained ones are float32
-            unless they are all.
-        attention: transformers' attn_implementation; its own choice if not given.
-        column: Column of the text, or of a chat's messages.
-        separator: What ends a document inside a text file.
-        chat: The column holds messages, for the chat template.
-        answers_only: Predict only the assistant's tokens of a chat.
-        dataset_split: Split of a dataset that has several.
-        packing: join documents, or cut each on its own.
-        held_out: Share of the tokens that is evaluated on and not trained on.
-        cache: Directory for tokenised data; that of datasets if not given.
-        pose_length: Train on so many tokens whose positions skip over the target length (PoSE).
-        shifted_groups: Cut attention into so many shifted groups in training (S2-Attn).
-        mixed_windows: Share of sequences that are cut to the trained length and run with the
-            original frequencies (LongRoPE2).
-        factor_schedule: Factors in turn with their steps, such as 2:200,4:200.
-        loss: chunked, liger (needs liger-kernel) or plain.
-        loss_chunk: Tokens whose logits exist at once.
-        eval_lengths: Where perplexity and pass keys are measured, in tokens or times the trained
-            length; 1x and doublings up to twice the target if not given.
-        eval_windows: Places perplexity is measured at.
-        eval_targets: Tokens scored at each place.
-        eval_passkeys: Pass keys per length; 0 for none.
-        check_memory: Refuse to start what will not fit.
-        resume: Go on from the last complete checkpoint of the output directory, if there is one.
+    Each field's metadata holds its help text, which ``hf-rope finetune --fields`` lists.
     """
 
-    model: str = ""
-    data: str = ""
-    method: str = "yarn"
-    factor: float | None = None
-    target_length: int | None = None
-    original_max_position_embeddings: int | None = None
-    temperature: str = "rotation"
-    replace: bool = False
-    sequence_length: int | None = None
-    adapter: str = "lora"
-    lora_rank: int = 8
-    lora_alpha: float = 16.0
-    lora_dropout: float = 0.0
-    lora_targets: list[str] = field(default_factory=lambda: ["attention"])
-    train_norms_and_embeddings: bool = False
-    quantize: str = "none"
-    dtype: str = "float32"
-    attention: str | None = None
-    column: str = "text"
-    separator: str | None = None
-    chat: bool = False
-    answers_only: bool = False
-    dataset_split: str = "train"
-    packing: str = "join"
-    held_out: float = 0.02
-    cache: str | None = None
-    pose_length: int | None = None
-    shifted_groups: int | None = None
-    mixed_windows: float | None = None
-    factor_schedule: str | None = None
-    loss: str = "chunked"
-    loss_chunk: int = 512
-    eval_lengths: str | None = None
-    eval_windows: int = 16
-    eval_targets: int = 64
-    eval_passkeys: int = 20
-    check_memory: bool = True
-    resume: bool = False
+    model: str = _option("", "Directory or hub id of the base model.")
+    data: str = _option(
+        "",
+        "Text, JSONL or Parquet file, directory of such files or of a saved dataset, or hub "
+        "id of a dataset.",
+    )
+    method: str = _option("yarn", "RoPE method, with options after colons: yarn:beta_fast=16.")
+    factor: float | None = _option(None, "Target length over trained length.")
+    target_length: int | None = _option(None, "Target length in positions, instead of factor.")
+    original_max_position_embeddings: int | None = _option(
+        None, "Trained length, if not the config's."
+    )
+    temperature: str = _option("rotation", "Where a method's temperature goes: rotation or logits.")
+    replace: bool = _option(False, "Replace a scaling in the model's own config.")
+    sequence_length: int | None = _option(None, "Tokens per sequence; default: target length.")
+    adapter: str = _option("lora", "lora, rslora, dora, or full to train the whole text model.")
+    lora_rank: int = _option(8, "Rank of the adapter.")
+    lora_alpha: float = _option(16.0, "LoRA's alpha; updates are scaled by alpha / rank.")
+    lora_dropout: float = _option(0.0, "Dropout on the adapter's input.")
+    lora_targets: list[str] = field(
+        default_factory=lambda: ["attention"],
+        metadata={"help": "attention, all-linear, or module names."},
+    )
+    train_norms_and_embeddings: bool = _option(False, "Also train norms and embedding (LongLoRA).")
+    quantize: str = _option("none", "none, 4bit or 8bit for the frozen weights (bitsandbytes).")
+    dtype: str = _option(
+        "float32",
+        "Dtype of the frozen weights: float32, bfloat16 or float16. Adapters train in "
+        "float32; with adapter=full all weights have this dtype.",
+    )
+    attention: str | None = _option(None, "attn_implementation; transformers' choice by default.")
+    column: str = _option("text", "Dataset column with the text or the chat messages.")
+    separator: str | None = _option(None, "String that separates documents within a text file.")
+    chat: bool = _option(False, "The column holds messages to format with the chat template.")
+    answers_only: bool = _option(False, "Train only on the assistant's tokens of a chat.")
+    dataset_split: str = _option("train", "Split of the dataset.")
+    packing: str = _option("join", "join documents end to end, or cut each separately.")
+    held_out: float = _option(0.02, "Share of the tokens held out for evaluation.")
+    cache: str | None = _option(None, "Directory for tokenized data; datasets' cache by default.")
+    pose_length: int | None = _option(
+        None, "Train on this many tokens, with positions that skip over the target length (PoSE)."
+    )
+    shifted_groups: int | None = _option(None, "Shifted groups of training attention (S2-Attn).")
+    mixed_windows: float | None = _option(
+        None,
+        "Share of the sequences cut to the trained length and run with the original "
+        "frequencies (LongRoPE2).",
+    )
+    factor_schedule: str | None = _option(None, "Successive factors with their steps: 2:200,4:200.")
+    loss: str = _option("chunked", "chunked, liger (needs liger-kernel) or plain.")
+    loss_chunk: int = _option(512, "Tokens whose logits are in memory at once.")
+    eval_lengths: str | None = _option(
+        None,
+        "Lengths to evaluate at, in tokens or multiples of the trained length (512,2x); by "
+        "default the trained length, doubled up to twice the target.",
+    )
+    eval_windows: int = _option(16, "Text windows over which perplexity is measured.")
+    eval_targets: int = _option(64, "Tokens scored in each window.")
+    eval_passkeys: int = _option(20, "Passkey prompts per length; 0 to skip the task.")
+    check_memory: bool = _option(True, "Refuse to start a run that will not fit in memory.")
+    resume: bool = _option(False, "Resume from the last complete checkpoint in output_dir, if any.")
 
     def __post_init__(self) -> None:
-        """Check what can be checked without a model.
+        """Check everything that does not depend on a model.
 
         Raises:
-            RopeError: If a value is not one of those allowed, or two contradict each other.
+            RopeError: If a value is not allowed, or two values contradict each other.
         """
-        for name, allowed in (
+        for name, choices in (
             ("adapter", ADAPTERS),
             ("loss", LOSSES),
             ("quantize", QUANTIZATIONS),
             ("packing", PACKINGS),
-            ("dtype", ("float32", "bfloat16", "float16")),
+            ("dtype", DTYPES),
         ):
-            if getattr(self, name) not in allowed:
-                raise RopeError(
-                    f"{name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}."
-                )
-        for name, least in (
-            ("eval_windows", 1),
-            ("eval_targets", 1),
-            ("eval_passkeys", 0),
-            ("factor", 1),
-            ("target_length", 1),
-            ("sequence_length", 2),
-            ("lora_rank", 1),
-            ("loss_chunk", 1),
-        ):
-            value = getattr(self, name)
-            if value is not None and not value >= least:
-                raise RopeError(f"{name} must be at least {least}, got {value!r}.")
-        if not 0 <= self.lora_dropout < 1:
-            raise RopeError(f"lora_dropout must be from 0 to below 1, got {self.lora_dropout!r}.")
+            require_choice(name, getattr(self, name), choices)
+        for name in ("eval_windows", "eval_targets", "lora_rank", "loss_chunk"):
+            require_integer(name, getattr(self, name), 1)
+        require_integer("eval_passkeys", self.eval_passkeys, 0)
+        for name, least in (("target_length", 1), ("sequence_length", 2)):
+            if getattr(self, name) is not None:
+                require_integer(name, getattr(self, name), least)
+        if self.factor is not None:
+            require_number("factor", self.factor, least=1)
+        if self.mixed_windows is not None:
+            require_number("mixed_windows", self.mixed_windows, above=0, below=1)
+        require_number("lora_dropout", self.lora_dropout, least=0, below=1)
+        require_number("held_out", self.held_out, above=0, below=1)
         self._require_consistent()
 
     def _require_consistent(self) -> None:
@@ -164,23 +145,26 @@ class Recipe:
             raise RopeError("quantized weights cannot be trained; use an adapter.")
         if self.pose_length is not None and (self.mixed_windows or self.shifted_groups):
             raise RopeError(
-                "pose_length trains on few tokens, mixed_windows and shifted_groups on the whole "
-                "length; choose one."
+                "pose_length trains on short sequences, but mixed_windows and shifted_groups need "
+                "the full length; choose one."
             )
         if self.mixed_windows is not None and self.shifted_groups is not None:
             raise RopeError("mixed_windows and shifted_groups cannot be combined.")
         if self.factor_schedule is not None:
             if self.factor is not None or self.target_length is not None:
-                raise RopeError("factor_schedule sets the factors; leave factor and target out.")
+                raise RopeError("factor_schedule sets the factors; omit factor and target_length.")
             if self.sequence_length is not None or self.pose_length is not None:
-                raise RopeError("factor_schedule sets the length of each stage's sequences.")
+                raise RopeError(
+                    "factor_schedule sets the sequence length of each stage; omit sequence_length "
+                    "and pose_length."
+                )
             self.stages()
 
     def stages(self) -> list[tuple[float, int]]:
-        """Return the factors of the schedule, ascending, and the steps of each.
+        """Return the factors of the schedule, ascending, each with its number of steps.
 
         Raises:
-            RopeError: If it is not of the form 2:200,4:200.
+            RopeError: If the schedule is not of the form 2:200,4:200.
         """
         stages = []
         for part in (self.factor_schedule or "").split(","):
@@ -194,59 +178,60 @@ class Recipe:
         factors = [factor for factor, _ in stages]
         if factors != sorted(set(factors)) or factors[0] < 1 or min(s for _, s in stages) < 1:
             raise RopeError(
-                f"factor_schedule needs factors of at least 1 that grow, and steps of at least 1, "
-                f"got {self.factor_schedule!r}."
+                f"factor_schedule needs increasing factors and steps, all of at least 1, got "
+                f"{self.factor_schedule!r}."
             )
         return stages
 
-    def to_dict(self) -> dict[str, Any]:
-        """Return it as JSON data."""
-        return asdict(self)
-
 
 def parse(words: Sequence[str], config: Path | None = None) -> tuple[Recipe, Any]:
-    """Return a recipe and transformers' TrainingArguments from a YAML file and flags.
+    """Return a recipe and transformers' TrainingArguments from a file and flags.
 
-    Flags have the names of the fields of both and win over the file.
+    Flags are named after the fields of both classes and override the file.
 
     Args:
         words: Flags and their values.
-        config: A YAML file of those fields.
+        config: A YAML or JSON file with values for those fields.
 
     Raises:
-        RopeError: If a name or a value is not known.
+        RopeError: If a name is unknown or a value is invalid.
     """
     from transformers import HfArgumentParser, TrainingArguments
 
-    known = {one.name: one for cls in (Recipe, TrainingArguments) for one in fields(cls)}
-    values = {**DEFAULTS, **_read_yaml(config)}
-    for name in values:
-        _require_known(name, list(known))
+    known = [field.name for cls in (Recipe, TrainingArguments) for field in fields(cls)]
     parser = HfArgumentParser((Recipe, TrainingArguments), add_help=False, allow_abbrev=False)
     parser.error = _refuse
-    parser.set_defaults(**{name: _typed(name, value, parser) for name, value in values.items()})
-    recipe, training, rest = parser.parse_args_into_dataclasses(
-        list(words), return_remaining_strings=True
-    )
-    for word in rest:
-        _require_known(word.lstrip("-").partition("=")[0], list(known))
-        raise RopeError(f"unexpected {word!r}.")
+    parser.set_defaults(**DEFAULTS)
+    file_words = []
+    for name, value in _read_file(config).items():
+        _require_known(name, known)
+        if value is None or isinstance(value, dict):  # flags cannot express these
+            parser.set_defaults(**{name: value})
+        elif isinstance(value, list):
+            file_words += [f"--{name}", *map(str, value)]
+        else:
+            file_words.append(f"--{name}={value}")
+    for source in (file_words, list(words)):
+        values, rest = parser.parse_known_args(source)
+        for word in rest:
+            if word.startswith("-"):
+                _require_known(word.lstrip("-").partition("=")[0], known)
+            raise RopeError(f"unexpected {word!r}.")
+        parser.set_defaults(**vars(values))
+    recipe, training = parser.parse_args_into_dataclasses([], look_for_args_file=False)
     return recipe, training
 
 
 def describe_flags() -> list[tuple[str, str, str]]:
-    """Return the recipe's fields: name, default and what it says."""
-    text = " ".join((Recipe.__doc__ or "").partition("Args:")[2].split())
-    found = []
-    names = [one.name for one in fields(Recipe)]
-    for name, following in zip(names, [*names[1:], ""], strict=True):
-        _, _, after = text.partition(f"{name}: ")
-        says = after.partition(f" {following}: ")[0] if following else after
-        found.append((name, repr(getattr(Recipe(), name)), says))
-    return found
+    """Return name, default and help text of each field of a recipe."""
+    defaults = Recipe()
+    return [
+        (field.name, repr(getattr(defaults, field.name)), field.metadata["help"])
+        for field in fields(Recipe)
+    ]
 
 
-def _read_yaml(config: Path | None) -> dict[str, Any]:
+def _read_file(config: Path | None) -> dict[str, Any]:
     if config is None:
         return {}
     import yaml
@@ -256,32 +241,16 @@ def _read_yaml(config: Path | None) -> dict[str, Any]:
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise RopeError(f"cannot read the recipe {str(config)!r}: {error}") from error
     if not isinstance(values, dict):
-        raise RopeError(f"the recipe {str(config)!r} is not a list of name: value.")
+        raise RopeError(f"the recipe {str(config)!r} must map field names to values.")
     return values
 
 
-def _typed(name: str, value: Any, parser: Any) -> Any:
-    """Return a value from YAML, checked by the type that the flag has."""
-    action = next(action for action in parser._actions if action.dest == name)
-    if value is None or isinstance(value, dict) or action.type is None:
-        return value
-    if isinstance(value, list):
-        return [action.type(one) for one in value]
-    try:
-        # YAML reads 1e-4 as text
-        typed = action.type(str(value)) if isinstance(value, str | bool) else action.type(value)
-    except (TypeError, ValueError) as error:
-        raise RopeError(f"{name}: {value!r} is not a {action.type.__name__}.") from error
-    if isinstance(value, float) and typed != value:
-        raise RopeError(f"{name}: {value!r} is not a {action.type.__name__}.")
-    return [typed] if action.nargs == "+" else typed
-
-
-def _require_known(name: str, known: list[str]) -> None:
+def _require_known(name: object, known: list[str]) -> None:
     if name not in known:
-        near = difflib.get_close_matches(name, known, n=1)
-        hint = f" Did you mean {near[0]!r}?" if near else ""
-        raise RopeError(f"{name!r} is neither a field of a recipe nor of TrainingArguments.{hint}")
+        raise RopeError(
+            f"{name!r} is not a field of a recipe or of TrainingArguments."
+            + suggest(str(name), known)
+        )
 
 
 def _refuse(message: str) -> None:

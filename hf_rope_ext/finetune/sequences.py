@@ -1,7 +1,7 @@
-"""From a stream of tokens to training sequences of one length.
+"""Cut a stream of tokens into training sequences of one length.
 
-Documents are joined or cut, and positions run through: a position that restarts at each document
-would show the model no distance longer than the document, whatever the sequence length.
+Positions never restart within a sequence: if they did at each document, the model would see no
+distance longer than a document, whatever the sequence length.
 """
 
 import random
@@ -12,38 +12,37 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from hf_rope_ext.checks import require_choice, require_integer, require_number
 from hf_rope_ext.errors import RopeError
 from hf_rope_ext.finetune.documents import Stream
 from hf_rope_ext.finetune.loss import IGNORED
 
 PACKINGS = ("join", "cut", "restart")
-"""How documents become sequences; ``restart`` is known and refused."""
+"""How documents become sequences; ``restart`` is recognized and refused."""
 
 Example = dict[str, Tensor]
 
 
 class Sequences(Dataset[Example]):
-    """Sequences of one length, read from the stream when asked for.
+    """Sequences of one length, read from the stream on demand.
 
     Args:
-        stream: Tokens.
-        length: Of a sequence.
-        packing: ``"join"``, documents follow one another across sequences; ``"cut"``, every
-            document is cut on its own, and what is shorter than a sequence is left out.
+        stream: The tokens.
+        length: Tokens per sequence.
+        packing: ``"join"`` to let documents continue across sequences; ``"cut"`` to cut each
+            document separately and drop what is shorter than a sequence.
 
     Raises:
-        RopeError: If there is not a single sequence.
+        RopeError: If there is no sequence at all.
     """
 
     def __init__(self, stream: Stream, length: int, packing: str = "join") -> None:
         if packing == "restart":
             raise RopeError(
-                "packing='restart' gives every document positions from 0, so the model sees no "
-                "distance longer than a document and learns nothing about a longer context; use "
-                "'join' or 'cut'."
+                "packing='restart' would restart positions at every document, so that the model "
+                "sees no distance longer than a document; use 'join' or 'cut'."
             )
-        if packing not in PACKINGS:
-            raise RopeError(f"packing must be join or cut, got {packing!r}.")
+        require_choice("packing", packing, PACKINGS[:2])
         self.stream, self.length = stream, length
         borders = [0, len(stream)] if packing == "join" else stream.documents.tolist()
         self.starts = [
@@ -54,11 +53,11 @@ class Sequences(Dataset[Example]):
         if not self.starts:
             longest = max(last - first for first, last in pairwise(borders))
             raise RopeError(
-                f"the text to train on gives no sequence of {length} tokens: "
+                f"the training text has no sequence of {length} tokens: "
                 + (
                     f"its longest document has {longest}; use packing='join' or longer documents."
                     if packing == "cut"
-                    else f"it has {len(stream)} in all; give more text or a shorter sequence."
+                    else f"it has {len(stream)} in all; use more text or a shorter sequence_length."
                 )
             )
 
@@ -71,48 +70,44 @@ class Sequences(Dataset[Example]):
         return {"input_ids": ids[None], "labels": ids.where(predicted, IGNORED)[None]}
 
     def window(self, index: int) -> tuple[Tensor, Tensor]:
-        """Return the tokens of a sequence and whether each is predicted."""
+        """Return the tokens of a sequence and which of them are predicted."""
         start = self.starts[index]
         return self.stream.read(start, start + self.length)
 
 
 class SkipWise(Dataset[Example]):
-    """PoSE (Zhu et al., 2023, arXiv:2309.10400): two chunks of a long sequence, positions kept.
+    """Two chunks of each long sequence, at their own positions.
 
-    The first chunk, up to half of the training length, starts at 0; the second skips a random
-    distance, in the text and in the positions alike, so that over many samples every distance up
-    to the target length is seen.
+    PoSE (Zhu et al., 2023, arXiv:2309.10400): the first chunk, up to half of the training length,
+    starts at 0. The second skips a random distance in both text and positions, so that over many
+    samples the model sees every distance up to the target length.
 
     Args:
         sequences: Sequences of the target length.
-        length: Tokens to train on.
-        seed: Of the lengths of chunks and skips, which depend on it and the index alone.
+        length: Tokens per training sample.
+        seed: Seed for the chunks; they depend only on it and the index.
     """
 
     def __init__(self, sequences: Sequences, length: int, seed: int) -> None:
-        if not 2 <= length <= sequences.length:
-            raise RopeError(
-                f"pose_length must lie between 2 and the sequence length {sequences.length}, got "
-                f"{length!r}."
-            )
+        require_integer("pose_length", length, 2, sequences.length, unit="tokens")
         self.sequences, self.length, self.seed = sequences, length, seed
-        # as many samples of each sequence as it takes to train on each token once on average
-        self.each = max(sequences.length // length, 1)
+        # samples per sequence, so that on average every token is trained on once
+        self.samples = max(sequences.length // length, 1)
 
     def __len__(self) -> int:
-        return len(self.sequences) * self.each
+        return len(self.sequences) * self.samples
 
     def __getitem__(self, index: int) -> Example:
         """Return ``input_ids``, ``labels`` and ``position_offsets``, ``(1, length)``."""
-        draw = random.Random(f"{self.seed}/{index}")
-        first = draw.randint(1, (self.length + 1) // 2)
-        skip = draw.randint(0, self.sequences.length - self.length)
-        ids, predicted = self.sequences.window(index // self.each)
-        taken = torch.arange(self.length)
-        offsets = torch.where(taken < first, 0, skip)
-        ids, predicted = ids[taken + offsets], predicted[taken + offsets]
+        generator = random.Random(f"{self.seed}/{index}")
+        first = generator.randint(1, (self.length + 1) // 2)
+        skip = generator.randint(0, self.sequences.length - self.length)
+        ids, predicted = self.sequences.window(index // self.samples)
+        steps = torch.arange(self.length)
+        offsets = torch.where(steps < first, 0, skip)
+        ids, predicted = ids[steps + offsets], predicted[steps + offsets]
         if skip:
-            predicted[first] = False  # what comes after the skip does not follow from before it
+            predicted[first] = False  # this token does not follow from those before the skip
         return {
             "input_ids": ids[None],
             "labels": ids.where(predicted, IGNORED)[None],
@@ -121,22 +116,21 @@ class SkipWise(Dataset[Example]):
 
 
 class MixedWindows(Dataset[Example]):
-    """Some sequences whole, the others as a batch of short ones (LongRoPE2, arXiv:2502.20082).
+    """Whole sequences mixed with batches of short ones (LongRoPE2, arXiv:2502.20082).
 
     Args:
         sequences: Sequences of the target length.
-        short: Length of a short one, the trained length.
-        share: Share of the sequences that are cut short.
-        seed: Of which.
+        short: Length of the short ones: the trained length.
+        share: Share of the sequences that are cut into short ones.
+        seed: Seed for the choice.
     """
 
     def __init__(self, sequences: Sequences, short: int, share: float, seed: int) -> None:
-        if not 0 < share < 1:
-            raise RopeError(f"mixed_windows must be a share between 0 and 1, got {share!r}.")
+        require_number("mixed_windows", share, above=0, below=1)
         if sequences.length % short:
             raise RopeError(
-                f"mixed windows cut {sequences.length} tokens into rows of the trained length "
-                f"{short}, which does not divide it."
+                f"mixed_windows needs a sequence length that is a multiple of the trained length "
+                f"{short}, got {sequences.length}."
             )
         self.sequences, self.short, self.share, self.seed = sequences, short, share, seed
 
@@ -155,11 +149,11 @@ def collate(examples: list[Example]) -> dict[str, Any]:
     """Return one batch.
 
     Raises:
-        RopeError: If a batch would hold sequences of several lengths.
+        RopeError: If the sequences differ in length.
     """
     if len({example["input_ids"].shape[-1] for example in examples}) > 1:
         raise RopeError(
-            "mixed windows need per_device_train_batch_size=1, because a batch has rows of one "
+            "mixed_windows needs per_device_train_batch_size=1, because rows of a batch have one "
             "length; use gradient_accumulation_steps instead."
         )
     return {name: torch.cat([example[name] for example in examples]) for name in examples[0]}

@@ -19,8 +19,8 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from hf_rope_ext import RopeError, load_pretrained, patch_model
-from hf_rope_ext.cli.app import main
-from hf_rope_ext.finetune import estimate_memory, finetune, parse, with_adapter
+from hf_rope_ext.__main__ import main
+from hf_rope_ext.finetune import add_adapter, estimate_memory, finetune, parse
 from hf_rope_ext.finetune.recipe import describe_flags
 from hf_rope_ext.rotary.installed import patch_of
 
@@ -249,7 +249,7 @@ def test_ligers_own_loss_trains_as_the_chunked_one(tmp_path, model, data):
 
 
 def test_the_estimate_counts_weights_and_moments_exactly_and_follows_the_settings():
-    model = with_adapter(patch_model(tiny_llama(num_hidden_layers=6), "yarn", factor=4))
+    model = add_adapter(patch_model(tiny_llama(num_hidden_layers=6), "yarn", factor=4))
     weights = sum(one.numel() for one in model.parameters())
     trained = sum(one.numel() for one in model.parameters() if one.requires_grad)
     found = estimate_memory(model, 1000)
@@ -264,7 +264,7 @@ def test_the_estimate_counts_weights_and_moments_exactly_and_follows_the_setting
 
 
 def test_the_estimate_is_of_the_device_that_trains_not_of_the_one_that_loaded(monkeypatch):
-    model = with_adapter(patch_model(tiny_llama(), "yarn", factor=4))
+    model = add_adapter(patch_model(tiny_llama(), "yarn", factor=4))
     free = {"cpu": 10**6, "cuda": 10**5}
     monkeypatch.setattr("hf_rope_ext.finetune.memory._free", lambda device: free[device.type])
 

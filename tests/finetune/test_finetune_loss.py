@@ -1,16 +1,21 @@
 """The chunked loss against the loss that transformers computes from all logits."""
 
+import contextlib
 import inspect
 
 import pytest
 import torch
 import zoo
 from conftest import tiny_llama
+from finetuning import byte_tokenizer
 from peft import LoraConfig, get_peft_model
+from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from hf_rope_ext import RopeError
 from hf_rope_ext.finetune import chunked_loss
+from hf_rope_ext.finetune.evaluation import Evaluation
+from hf_rope_ext.finetune.loss import chunked_cross_entropy, linear_cross_entropy
 
 
 def labels_of(ids):
@@ -112,6 +117,109 @@ def test_labels_can_come_shifted(ids):
     )
 
 
+@pytest.fixture
+def bypass(monkeypatch):
+    """The vocabularies of the heads that torch's own function has computed."""
+    seen, plain = [], functional.linear_cross_entropy
+
+    def watched(hidden, weight, *args, **kwargs):
+        assert hidden.dtype == weight.dtype == torch.float32
+        seen.append(len(weight))
+        return plain(hidden, weight, *args, **kwargs)
+
+    monkeypatch.setattr(functional, "linear_cross_entropy", watched)
+    return seen
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("model_type", "plain"),
+    [("llama", True), ("gpt_neox", True), ("gemma2", False), ("cohere", False), ("granite", False)],
+)
+def test_only_a_head_that_is_one_linear_map_is_left_to_torch(bypass, model_type, plain, dtype):
+    model = zoo.build(model_type).to(dtype)
+    # of granite and cohere; in the zoo both are 1, which is no scale
+    model.config.logits_scaling = model.logit_scale = 0.5
+    ids = torch.randint(3, 60, (2, 40), generator=torch.Generator().manual_seed(0))
+    with chunked_loss(model, 7):
+        model(ids, labels=ids, use_cache=False).loss.backward()
+
+    assert bool(bypass) == plain
+
+
+@pytest.mark.parametrize("obstacle", ["adapter", "hook", "pre-hook", "autocast", "own forward"])
+def test_a_head_that_must_be_called_is_called(bypass, ids, obstacle):
+    model, calls = tiny_llama(), []
+    if obstacle == "adapter":
+        model = get_peft_model(model, LoraConfig(r=2, target_modules=["lm_head"]))
+    elif obstacle == "hook":
+        model.lm_head.register_forward_hook(lambda *args: calls.append(args))
+    elif obstacle == "pre-hook":
+        model.lm_head.register_forward_pre_hook(lambda *args: calls.append(args))
+    elif obstacle == "own forward":
+        model.lm_head.forward = type(model.lm_head).forward.__get__(model.lm_head)
+    mixed = torch.autocast("cpu", torch.bfloat16, enabled=obstacle == "autocast")
+    with mixed, chunked_loss(model, 7):
+        model(ids, labels=ids, use_cache=False).loss.backward()
+
+    assert not bypass
+
+
+def test_a_soft_cap_is_noticed_when_it_hardly_changes_the_logits(bypass, ids):
+    """At a cap of a power of two, small logits come out of it as they went in."""
+    model = zoo.build("gemma2").float()
+    model.config.final_logit_softcapping = 2.0**20
+    with chunked_loss(model, 7):
+        model(ids % 60 + 3, labels=ids % 60 + 3, use_cache=False)
+
+    assert not bypass
+
+
+def test_bfloat16_gradients_of_the_head_are_summed_over_chunks_in_float32():
+    """Summed in bfloat16, 512 chunks of one token would lose most of what each adds."""
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(512, 16, generator=generator).bfloat16()
+    hidden = (hidden + 4).requires_grad_()
+    labels = torch.zeros(512, dtype=torch.int64)
+    errors = {}
+    for name, loss in (("calls", call_head), ("torch", linear_cross_entropy)):
+        head = torch.nn.Linear(16, 8, bias=False, dtype=torch.bfloat16)
+        torch.nn.init.zeros_(head.weight)
+        exact = torch.nn.Linear(16, 8, bias=False, dtype=torch.float64)
+        exact.load_state_dict(head.state_dict())
+        loss(hidden, labels, head, 1).backward()
+        functional.cross_entropy(exact(hidden.double()), labels, reduction="sum").backward()
+        distance = (head.weight.grad.double() - exact.weight.grad).norm()
+        errors[name] = float(distance / exact.weight.grad.norm())
+
+    # one rounding to bfloat16 at the end is up to 2 ** -9; a bfloat16 sum is off by over 0.1
+    assert max(errors.values()) < 2**-8, errors
+
+
+def call_head(hidden, labels, head, chunk):
+    return chunked_cross_entropy(hidden, labels, head, (head.weight,), chunk)
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_the_probe_and_the_evaluation_leave_each_module_in_its_mode(ids, monkeypatch, fails):
+    model = tiny_llama().train()
+    model.model.layers[0].eval()  # a frozen part that its owner keeps so
+    before = [module.training for module in model.modules()]
+    modes = set()
+    model.register_forward_pre_hook(lambda module, args: modes.add(module.training))
+    evaluation = Evaluation.on(
+        ids.flatten(), byte_tokenizer(), (64,), windows=2, targets=8, passkeys=0
+    )
+    if fails:
+        monkeypatch.setattr(model.model, "forward", lambda *args, **kwargs: 1 / 0)
+    for step in (lambda: evaluation.measure(model), lambda: chunked_loss(model).__enter__()):
+        with contextlib.suppress(ZeroDivisionError):
+            step()
+
+        assert [module.training for module in model.modules()] == before
+    assert modes == {False}
+
+
 class Largest(TorchDispatchMode):
     """Remembers the size of the largest tensor made."""
 
@@ -185,7 +293,7 @@ def test_a_plain_trainer_sees_the_same_arguments(llama):
 
 def test_the_forward_is_put_back_and_not_replaced_twice(llama, ids):
     with chunked_loss(llama):
-        with pytest.raises(RopeError, match="replaced already"), chunked_loss(llama):
+        with pytest.raises(RopeError, match="already replaced"), chunked_loss(llama):
             pass
         assert llama(ids, labels=ids).logits.shape[1] == 0
         assert llama(ids).logits.shape[1] == ids.shape[1]

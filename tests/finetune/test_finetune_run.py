@@ -19,8 +19,8 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, Trainer
 
 from hf_rope_ext import RopeError, load_pretrained
-from hf_rope_ext.finetune import RememberRope, finetune, merge_adapter, parse, with_adapter
-from hf_rope_ext.finetune.trainer import last_checkpoint
+from hf_rope_ext.finetune import RememberRope, add_adapter, finetune, merge_adapter, parse
+from hf_rope_ext.finetune.output_dir import find_last_checkpoint
 from hf_rope_ext.patching.patch import patch_model
 from hf_rope_ext.rotary.installed import patch_of
 
@@ -120,7 +120,7 @@ def resumable(model, data, out, **settings):
 KILLED = """
 import os, signal, sys
 from pathlib import Path
-sys.path.insert(0, sys.argv[1])
+sys.path[:0] = [sys.argv[1], sys.argv[1] + "/finetune"]
 from transformers import TrainerCallback
 from hf_rope_ext.finetune import finetune, run
 from test_finetune_run import resumable
@@ -163,8 +163,8 @@ def test_a_checkpoint_that_was_being_written_is_passed_over(tmp_path, model, dat
     state.write_text(state.read_text()[:100])
     (tmp_path / "out" / "checkpoint-6").mkdir()
 
-    assert last_checkpoint(tmp_path / "out").name == "checkpoint-2"
-    assert last_checkpoint(tmp_path / "none") is None
+    assert find_last_checkpoint(tmp_path / "out").name == "checkpoint-2"
+    assert find_last_checkpoint(tmp_path / "none") is None
 
 
 def test_another_run_is_neither_written_over_nor_continued_with_other_settings(
@@ -172,7 +172,7 @@ def test_another_run_is_neither_written_over_nor_continued_with_other_settings(
 ):
     finetune(recipe(model, data), training(tmp_path / "out", max_steps=1))
 
-    with pytest.raises(RopeError, match="holds a run already"):
+    with pytest.raises(RopeError, match="already holds a run"):
         finetune(recipe(model, data), training(tmp_path / "out", max_steps=1))
     with pytest.raises(RopeError, match=r"factor was 2\.0.*max_steps was 1"):
         finetune(
@@ -183,7 +183,7 @@ def test_another_run_is_neither_written_over_nor_continued_with_other_settings(
 SHARED = """
 import sys
 from pathlib import Path
-sys.path.insert(0, sys.argv[1])
+sys.path[:0] = [sys.argv[1], sys.argv[1] + "/finetune"]
 from hf_rope_ext.finetune import finetune
 from test_finetune_run import shared
 paths = map(Path, sys.argv[2:5])
@@ -232,7 +232,7 @@ def test_any_trainer_can_remember_the_rope(tmp_path, model, data):
     base = patch_model(AutoModelForCausalLM.from_pretrained(model), "yarn", factor=2)
     rows = [{"input_ids": torch.arange(20), "labels": torch.arange(20)}] * 4
     trainer = Trainer(
-        model=with_adapter(base),
+        model=add_adapter(base),
         args=training(tmp_path / "out", max_steps=2, eval_strategy="no"),
         train_dataset=rows,
         callbacks=[RememberRope()],
@@ -324,24 +324,57 @@ def test_a_recipe_is_a_file_with_flags_over_it(tmp_path):
 
 
 @pytest.mark.parametrize(
+    "text",
+    [
+        "eval_steps:\ncheck_memory: false\nlora_targets: q_proj\nseparator: --- \nrun_name: ''\n"
+        "lr_scheduler_kwargs: {num_cycles: 2}\nreport_to: [none]\nmax_steps: -1\n",
+        '{"eval_steps": null, "check_memory": false, "lora_targets": ["q_proj"],'
+        ' "separator": "---", "run_name": "", "lr_scheduler_kwargs": {"num_cycles": 2},'
+        ' "report_to": ["none"], "max_steps": -1}',
+    ],
+)
+def test_a_file_can_hold_every_kind_of_value(tmp_path, text):
+    path = tmp_path / "recipe"
+    path.write_text(text)
+    found, how = parse(["--output_dir", str(tmp_path), "--eval_strategy", "no"], path)
+
+    assert (found.check_memory, found.lora_targets, found.separator) == (False, ["q_proj"], "---")
+    assert (how.max_steps, how.report_to, how.run_name) == (-1, [], "")
+    assert (how.eval_steps, how.lr_scheduler_kwargs) == (None, {"num_cycles": 2})
+
+
+def test_a_list_in_the_file_is_replaced_by_a_flag(tmp_path):
+    path = tmp_path / "recipe.yaml"
+    path.write_text("lora_targets: [q_proj, v_proj]\n")
+    found, _ = parse(["--output_dir", str(tmp_path), "--lora-targets", "k_proj", "o_proj"], path)
+
+    assert found.lora_targets == ["k_proj", "o_proj"]
+
+
+@pytest.mark.parametrize(
     ("text", "words", "match"),
     [
         ("modle: m", [], "Did you mean 'model'"),
-        ("lora_rank: many", [], "lora_rank: 'many' is not a int"),
-        ("lora_rank: 2.5", [], r"lora_rank: 2\.5 is not a int"),
-        ("- a", [], "not a list of name: value"),
+        ("lora_rank: many", [], "--lora_rank.*invalid int value: 'many'"),
+        ("lora_rank: 2.5", [], r"--lora_rank.*invalid int value: '2\.5'"),
+        ("- a", [], "must map field names to values"),
         ("a: [", [], "cannot read the recipe"),
         ("", ["--factor", "x"], "invalid float value: 'x'"),
         ("", ["--factr", "2"], "Did you mean 'factor'"),
+        ("", ["--max_steps", "1", "2"], "unexpected '2'"),
+        ("factor: [2, 4]", [], "unexpected '4'"),
+        ("3: m", [], "3 is not a field"),
+        ("held_out: 1", [], r"held_out must be .* less than 1, got 1\.0"),
+        ("mixed_windows: 0", [], r"mixed_windows must be .* greater than 0.*, got 0\.0"),
         ("adapter: lroa", [], "adapter must be one of"),
         ("loss: fast", [], "loss must be one of"),
-        ("factor: 0.5", [], r"factor must be at least 1, got 0\.5"),
-        ("sequence_length: 0", [], "sequence_length must be at least 2, got 0"),
-        ("", ["--loss_chunk", "0"], "loss_chunk must be at least 1, got 0"),
-        ("factor: .nan", [], "factor: nan is not a float"),
-        ("lora_dropout: 1", [], r"lora_dropout must be from 0 to below 1, got 1\.0"),
+        ("factor: 0.5", [], r"factor must be .* at least 1, got 0\.5"),
+        ("sequence_length: 0", [], "sequence_length must be .* at least 2, got 0"),
+        ("", ["--loss_chunk", "0"], "loss_chunk must be .* at least 1, got 0"),
+        ("factor: .nan", [], "factor must be a finite number at least 1, got nan"),
+        ("lora_dropout: 1", [], r"lora_dropout must be .* at least 0 and less than 1, got 1\.0"),
         ("factor: 2\ntarget_length: 8", [], "not both"),
-        ("factor_schedule: 4:2,2:2", [], "factors of at least 1 that grow"),
+        ("factor_schedule: 4:2,2:2", [], "increasing factors"),
         ("factor_schedule: 4x2", [], "is not factor:steps"),
         ("quantize: 4bit\nadapter: full", [], "cannot be trained"),
         ("pose_length: 64\nshifted_groups: 4", [], "choose one"),
@@ -361,9 +394,9 @@ def test_a_recipe_without_a_model_or_data_is_refused(tmp_path, model, data):
 
 
 def test_where_nothing_can_be_written_nothing_is_started(tmp_path, model, data):
-    with pytest.raises(RopeError, match="nothing can be written to"):
+    with pytest.raises(RopeError, match="is not writable"):
         finetune(recipe(model, data), training(data / "out"))
-    with pytest.raises(RopeError, match="nothing can be written to"):
+    with pytest.raises(RopeError, match="is not writable"):
         finetune(recipe(model, data), training(Path("/proc/self/out")))
 
 
@@ -377,7 +410,7 @@ def test_a_base_that_was_saved_patched_is_refused(tmp_path, model, data):
 
 SHARDED = """
 import os, sys
-sys.path.insert(0, sys.argv[1])
+sys.path[:0] = [sys.argv[1], sys.argv[1] + "/finetune"]
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh

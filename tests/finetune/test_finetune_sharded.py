@@ -21,7 +21,7 @@ from test_finetune_run import HERE, assert_same, launch
 
 from hf_rope_ext import RopeError, load_pretrained
 from hf_rope_ext.finetune import finetune
-from hf_rope_ext.finetune.callback import Evaluation
+from hf_rope_ext.finetune.evaluation import Evaluation
 from hf_rope_ext.saving.adapters import ADAPTER_RECORD
 
 CONFIGS = HERE.parent / "examples" / "finetune"
@@ -64,7 +64,7 @@ def test_the_launch_configs_say_what_they_mean_to_accelerate(monkeypatch):
 LIFTED = """
 import sys
 from pathlib import Path
-sys.path.insert(0, sys.argv[1])
+sys.path[:0] = [sys.argv[1], sys.argv[1] + "/finetune"]
 from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DistributedType
 plain = AcceleratorState.__init__

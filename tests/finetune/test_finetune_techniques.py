@@ -6,9 +6,10 @@ from conftest import TRAINED, logits, tiny_llama
 from finetuning import recipe, training, write_model, write_text
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from hf_rope_ext import RopeError, load_pretrained, patch_model
+from hf_rope_ext import RopeError, load_pretrained, patch_model, unpatch_model
+from hf_rope_ext.attention.shifted import NAME
 from hf_rope_ext.finetune import finetune, position_skips, use_shifted_attention
-from hf_rope_ext.finetune.build import windowed
+from hf_rope_ext.finetune.build import patch, spare_short_requests
 from hf_rope_ext.finetune.sequences import MixedWindows, collate
 from hf_rope_ext.methods import DynamicYarn, LongRope, Yarn
 from hf_rope_ext.rotary.installed import patch_of
@@ -69,12 +70,12 @@ def test_skipped_positions_are_the_positions_the_model_computes_with(method, ids
 
 
 def test_offsets_of_another_length_and_unpatched_models_are_refused(ids):
-    with pytest.raises(RopeError, match="patch_model has patched"), position_skips(tiny_llama()):
+    with pytest.raises(RopeError, match="patched by patch_model"), position_skips(tiny_llama()):
         pass
     model = patch_model(tiny_llama(), "yarn", factor=4)
     with position_skips(model) as skips:
         skips.set(offsets(30))
-        with pytest.raises(RopeError, match="for 30 tokens met a forward of 200"):
+        with pytest.raises(RopeError, match="for 30 tokens, but the forward pass has 200"):
             model(ids)
     assert logits(model, ids).shape[1] == 200
 
@@ -96,15 +97,15 @@ def test_a_run_with_skips_trains_far_distances_on_few_tokens(tmp_path):
 
     import hf_rope_ext.finetune.run as module
 
-    trainable = module.trainable
+    make_trainable = module.make_trainable
     with pytest.MonkeyPatch.context() as patch:
 
         def watched(model, how):
-            wrapped = trainable(model, how)
+            wrapped = make_trainable(model, how)
             watch(wrapped)
             return wrapped
 
-        patch.setattr(module, "trainable", watched)
+        patch.setattr(module, "make_trainable", watched)
         finetune(
             recipe(base, data, factor=4.0, pose_length=32),
             training(tmp_path / "out", save_strategy="no", eval_strategy="no"),
@@ -225,7 +226,7 @@ def test_short_windows_run_with_the_original_frequencies_and_long_ones_with_the_
     stock, scaled, mixed = tiny_llama(), tiny_llama(), tiny_llama()
     patch_model(scaled, "linear", factor=4)
     geometry = patch_of(scaled).sites[0].geometry
-    method = windowed(patch_of(scaled).method, geometry)
+    method = spare_short_requests(patch_of(scaled).method, geometry)
     patch_model(mixed, method)
 
     short, long = ids[:, :TRAINED], ids
@@ -233,8 +234,8 @@ def test_short_windows_run_with_the_original_frequencies_and_long_ones_with_the_
     torch.testing.assert_close(logits(mixed, long), logits(scaled, long), rtol=1e-4, atol=1e-4)
     assert isinstance(method, LongRope)
     follows = DynamicYarn(factor=4)
-    assert windowed(follows, geometry) is follows
-    assert windowed(Yarn(factor=4), geometry).attention_factor == 1.0
+    assert spare_short_requests(follows, geometry) is follows
+    assert spare_short_requests(Yarn(factor=4), geometry).attention_factor == 1.0
 
 
 def test_a_run_with_mixed_windows_keeps_short_texts_as_they_are(tmp_path, ids):
@@ -276,3 +277,19 @@ def test_mixed_windows_cut_the_share_that_was_asked_for():
         MixedWindows(Counting(), 3, 0.3, seed=0)
     with pytest.raises(RopeError, match="share between 0 and 1"):
         MixedWindows(Counting(), 4, 1.5, seed=0)
+
+
+def test_every_stage_of_a_schedule_has_shifted_attention(tmp_path):
+    model = tiny_llama()
+    staged = recipe(
+        tmp_path, tmp_path / "text", factor=None, shifted_groups=4, factor_schedule="2:1,4:1"
+    )
+
+    for factor, _ in staged.stages():
+        patch(model, staged, factor)
+        assert patch_of(model).method.factor == factor
+        assert model.model.layers[0].self_attn._hf_rope_groups == 4
+        assert model.config._attn_implementation == NAME
+
+    unpatch_model(model)
+    assert model.config._attn_implementation == tiny_llama().config._attn_implementation
