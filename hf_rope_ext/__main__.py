@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from hf_rope_ext.errors import RopeError
-from hf_rope_ext.parsing import parse_lengths, parse_methods, parse_size
+from hf_rope_ext.parsing import parse_lengths, parse_methods, parse_size, split_tasks
 
 app = typer.Typer(
     add_completion=False,
@@ -276,8 +276,9 @@ def compare(
     from hf_rope_ext.evals.compare import Comparison
     from hf_rope_ext.evals.compare import compare as run
     from hf_rope_ext.evals.journal import Cell
-    from hf_rope_ext.evals.measures import describe_tasks, needs_processor
+    from hf_rope_ext.evals.registry import describe_tasks, needs_processor
     from hf_rope_ext.evals.text import read_text
+    from hf_rope_ext.evals.writing import make_table, save_report
     from hf_rope_ext.planning.extension import text_site
     from hf_rope_ext.saving.loading import load_processor, load_unpatched
 
@@ -286,6 +287,7 @@ def compare(
             print(f"{name:28}{what}")
         return
     chosen = parse_methods(methods, factor)
+    chosen_tasks = split_tasks(tasks)
     words = "" if model and not text else read_text(text or TEXT)
     loaded, tokenizer = load_unpatched(model or _bundled(), device=device, dtype=dtype)
     trained = text_site(loaded.config).geometry.original_max_position_embeddings
@@ -295,14 +297,14 @@ def compare(
         text=words,
         methods=chosen,
         lengths=parse_lengths(lengths, trained),
-        tasks=(tasks,),
+        tasks=chosen_tasks,
         windows=windows,
         targets=targets,
         samples=samples,
         seed=seed,
         name=Path(model).name if model else "bundled",
         replace=replace,
-        processor=load_processor(model or _bundled()) if needs_processor((tasks,)) else None,
+        processor=load_processor(model or _bundled()) if needs_processor(chosen_tasks) else None,
     )
     columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn())
     progress = Progress(*columns, TimeRemainingColumn(), console=Console(stderr=True))
@@ -318,12 +320,12 @@ def compare(
     finally:
         if progress.live.is_started:
             progress.stop()
-    files = report.save(output)
+    files = save_report(report, output)
     if as_json:
         _print_json({"settings": report.settings, "cells": report.cells})
         return
     for task in report.tasks:
-        out.print(report.table(task))
+        out.print(make_table(report, task))
     if report.missing:
         every = len(report.missing) + len(report.cells)
         out.print(

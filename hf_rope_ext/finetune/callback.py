@@ -7,9 +7,9 @@ import torch
 from torch import Tensor, nn
 
 from hf_rope_ext.errors import RopeError
+from hf_rope_ext.evals.bench import Bench
 from hf_rope_ext.evals.compare import TOKENS_AT_ONCE
-from hf_rope_ext.evals.perplexity import PerplexityTask
-from hf_rope_ext.evals.text_passkey import PasskeyTask
+from hf_rope_ext.evals.measures import Measure, make_measure
 
 
 @dataclass(frozen=True)
@@ -17,11 +17,11 @@ class Evaluation:
     """What is measured at the start, during and at the end of a fine-tune.
 
     Args:
-        tasks: Perplexity, and pass keys if wanted.
+        measures: Perplexity, and pass keys if requested, by name.
         lengths: In tokens, ascending.
     """
 
-    tasks: tuple[PerplexityTask | PasskeyTask, ...]
+    measures: dict[str, Measure]
     lengths: tuple[int, ...]
 
     @classmethod
@@ -56,30 +56,34 @@ class Evaluation:
                 f"eval_lengths: {min(lengths)} tokens leave no context before eval_targets="
                 f"{targets} scored ones; give longer lengths or fewer targets."
             )
-        start = tokenizer.bos_token_id
-        prefix = () if start is None else (int(start),)
-        tasks: list[PerplexityTask | PasskeyTask] = [
-            PerplexityTask(tokens, max(lengths), windows, targets, prefix)
-        ]
-        if passkeys:
-            hidden = PasskeyTask(tokenizer, tokens, max(lengths), passkeys, seed, prefix)
-            hidden.sample(min(lengths), 0)  # raises where there is no room
-            tasks.append(hidden)
-        return cls(tuple(tasks), lengths)
+        bench = Bench(
+            tokenizer,
+            tokens,
+            max(lengths),
+            windows=windows,
+            targets=targets,
+            samples=passkeys,
+            seed=seed,
+        )
+        names = ("perplexity", "passkey") if passkeys else ("perplexity",)
+        measures = {name: make_measure(name, {}, bench) for name in names}
+        for measure in measures.values():
+            measure.check(lengths)
+        return cls(measures, lengths)
 
     def measure(self, model: nn.Module) -> dict[str, float]:
         """Return perplexity and share of pass keys, as ``perplexity_512`` and ``passkey_512``."""
         training = model.training
         model.eval()
         plain = _NoInferenceMode(model)
-        found = {}
+        results = {}
         for length in self.lengths:
             size = max(TOKENS_AT_ONCE // length, 1)
-            for task in self.tasks:
-                numbers = task.measure(plain, length, size, lambda samples: None)
-                found[f"{task.name}_{length}"] = float(numbers[task.metric])
+            for name, measure in self.measures.items():
+                numbers = measure.run(plain, length, size, lambda samples: None)
+                results[f"{name}_{length}"] = float(numbers[measure.metric])
         model.train(training)
-        return found
+        return results
 
 
 class _NoInferenceMode(nn.Module):
