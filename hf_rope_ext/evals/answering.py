@@ -1,6 +1,7 @@
 """Answer documents by teacher forcing or generation, running shared prefixes only once."""
 
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 
 from hf_rope_ext.errors import RopeError
 from hf_rope_ext.evals.bench import Advance
-from hf_rope_ext.evals.documents import Document, judge
+from hf_rope_ext.evals.documents import Document, score
 from hf_rope_ext.evals.scoring import keeps_logits, score_last
 from hf_rope_ext.evals.tasks.base import DocumentTask
 from hf_rope_ext.evals.text import encode, encode_pair
@@ -244,7 +245,7 @@ def score_target(log_probs: Tensor, greedy: Tensor) -> Result:
 
 
 def _judge(row: Row, texts: list[str]) -> Result:
-    return judge(row.task, row.document, texts if row.document["sampling"] else texts[0])
+    return score(row.task, row.document, texts if row.document["sampling"] else texts[0])
 
 
 def _generate(
@@ -297,13 +298,12 @@ def _padding(tokenizer: Any) -> int:
     return 0
 
 
-def _seeded(document: Document, device: torch.device) -> Any:
+@contextmanager
+def _seeded(document: Document, device: torch.device) -> Iterator[None]:
     """Seed sampling by the document alone, and restore the global generators afterwards."""
-    from contextlib import ExitStack
-
-    stack = ExitStack()
-    if document["sampling"]:
-        devices = [device] if device.type == "cuda" else []
-        stack.enter_context(torch.random.fork_rng(devices))
+    if not document["sampling"]:
+        yield
+        return
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
         torch.manual_seed(document["metadata"]["seed"] * 1_000_003 + document["index"])
-    return stack
+        yield

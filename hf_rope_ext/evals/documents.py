@@ -55,27 +55,16 @@ def build_dataset(
 
 
 def score(
-    task_name: str, document: Mapping[str, Any], prediction: str | Sequence[str], **options: Any
+    task: DocumentTask, document: Mapping[str, Any], prediction: str | Sequence[str]
 ) -> dict[str, float]:
     """Return the scores of one prediction, always including ``"score"`` between 0 and 1.
 
     Args:
-        task_name: The document's task.
+        task: The task, with the options that the document was built with.
         document: A document from `build_dataset`.
         prediction: The text generated after ``prompt + answer``, or a list of texts for documents
             with ``sampling``.
-        **options: The options that the document was built with.
-
-    Raises:
-        RopeError: If the task or an option is unknown.
     """
-    return judge(make_document_task(task_name, **options), document, prediction)
-
-
-def judge(
-    task: DocumentTask, document: Mapping[str, Any], prediction: str | Sequence[str]
-) -> dict[str, float]:
-    """Return the scores of one prediction; see `score`."""
     gold = tuple(document["gold"])
     if isinstance(prediction, str):
         return task.score(gold, prediction)

@@ -12,7 +12,7 @@ from hf_rope_ext.errors import RopeError
 from hf_rope_ext.evals.answering import Row, answer, to_row
 from hf_rope_ext.evals.bench import Advance, Bench
 from hf_rope_ext.evals.documents import build
-from hf_rope_ext.evals.registry import GROUPS, TASKS, require_known, with_options
+from hf_rope_ext.evals.registry import GROUPS, TASKS, make_task, require_known
 from hf_rope_ext.evals.statistics import by_place
 from hf_rope_ext.evals.tasks.base import DocumentTask, FrameTask, TextTask
 from hf_rope_ext.evals.visual_documents import VisualDocuments
@@ -50,6 +50,7 @@ def make_measures(specifications: Iterable[str], bench: Bench) -> dict[str, Meas
     measures: dict[str, Measure] = {}
     for specification in specifications:
         name, options = parse_task(specification)
+        require_known(name, [*TASKS, *GROUPS])
         for task in GROUPS.get(name, [name]):
             label = specification.strip().replace(name, task, 1)
             measures[label] = make_measure(task, options, bench)
@@ -67,14 +68,14 @@ def make_measure(name: str, options: dict[str, Any], bench: Bench) -> Measure:
     Raises:
         RopeError: If the task or an option is unknown, or a requirement is missing.
     """
-    require_known(name, [*TASKS, *GROUPS])
-    task = TASKS[name]
+    samples = bench.samples
+    if not isinstance(TASKS.get(name), TextTask):
+        samples = options.get("samples", samples)
+        options = {option: value for option, value in options.items() if option != "samples"}
+        require_integer("samples", samples, 1)
+    task = make_task(name, **options)
     if isinstance(task, TextTask):
-        return _measure_text(with_options(name, task, options), bench)
-    own = dict(options)
-    samples = own.pop("samples", bench.samples)
-    require_integer("samples", samples, 1)
-    task = with_options(name, task, own)
+        return _measure_text(task, bench)
     if isinstance(task, FrameTask):
         return _measure_frames(name, task, bench, samples)
     if isinstance(task, DocumentTask):

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable
 from dataclasses import fields, replace
-from typing import Any, TypeVar
+from typing import Any
 
 from hf_rope_ext.checks import suggest
 from hf_rope_ext.errors import RopeError
@@ -25,8 +25,6 @@ from hf_rope_ext.evals.tasks.ruler_words import CommonWords, FrequentWords, Vari
 from hf_rope_ext.evals.tasks.visual_needle import VisualNeedle
 from hf_rope_ext.evals.text_passkey import TextPasskey
 from hf_rope_ext.parsing import parse_task
-
-AnyTask = TypeVar("AnyTask", bound=Task)
 
 TASKS: dict[str, Task] = {
     "perplexity": Perplexity(),
@@ -88,15 +86,7 @@ def make_task(name: str, **options: Any) -> Task:
         RopeError: If the task or an option is unknown, or an option is out of range.
     """
     require_known(name, TASKS)
-    return with_options(name, TASKS[name], options)
-
-
-def with_options(name: str, task: AnyTask, options: dict[str, Any]) -> AnyTask:
-    """Return a task with some options changed.
-
-    Raises:
-        RopeError: If an option is unknown or out of range.
-    """
+    task = TASKS[name]
     known = option_names(task)
     for option in options:
         if option not in known:

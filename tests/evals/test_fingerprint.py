@@ -5,18 +5,14 @@ from dataclasses import fields, replace
 import pytest
 import vision
 from conftest import tiny_llama
-from test_compare import Scripted, small
+from test_compare import small
 from test_evals import TEXT, make_tokenizer, wide_llama, word_piece
 from transformers import MistralConfig, MistralForCausalLM
 
 from hf_rope_ext import RopeError, VisualPositions, load_pretrained, patch_model
-from hf_rope_ext.evals.bench import Bench
 from hf_rope_ext.evals.compare import Comparison, compare, evaluate
-from hf_rope_ext.evals.documents import build_dataset, score
 from hf_rope_ext.evals.fingerprint import model_settings, processor_digest, tokenizer_digest
-from hf_rope_ext.evals.measures import make_measures
 from hf_rope_ext.methods import Yarn
-from hf_rope_ext.parsing import split_tasks
 
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
 LLAMA3 = {**YARN, "rope_type": "llama3", "low_freq_factor": 1.0, "high_freq_factor": 4.0}
@@ -179,50 +175,3 @@ def test_training_mode_is_left_as_it_was(tokenizer):
     assert [module.training for module in model.modules()] == before
     assert during
     assert not any(during)
-
-
-def test_answers_are_scored_with_the_options_of_their_document(tokenizer):
-    (document,) = build_dataset("rope_cot_chain", tokenizer, [900], samples=1, mode="cot")
-    right = f" First 1, then 2. Answer: {document['gold'][0]}."
-
-    assert score("rope_cot_chain", document, right, mode="cot")["score"] == 1.0
-    assert score("rope_cot_chain", document, right)["score"] == 0.0
-
-
-@pytest.fixture
-def chatty(tokenizer, monkeypatch):
-    """A model that always reasons, with numbers, before the right answer."""
-    (document,) = build_dataset("rope_cot_chain", tokenizer, [900], samples=1, seed=0, mode="cot")
-    text = f" First 1, then 2. Answer: {document['gold'][0]}."
-    monkeypatch.setattr("hf_rope_ext.evals.answering._generate", lambda *_: [[text]])
-    return Scripted(1)
-
-
-def test_a_measure_scores_with_its_options(tokenizer, chatty):
-    bench = Bench(tokenizer, "", 900, samples=1, seed=0)
-    (measure,) = make_measures(["rope_cot_chain:mode=cot"], bench).values()
-
-    assert measure.run(chatty, 900, 1, lambda done: None)["score"] == 1.0
-
-
-def test_lists_are_split_once(tokenizer):
-    specifications = split_tasks("rope_ppl:stride=64, rope_needle:depths=[0,0.5]:needles=2,passkey")
-
-    needle = "rope_needle:depths=[0,0.5]:needles=2"
-    assert specifications == ("rope_ppl:stride=64", needle, "passkey")
-    with pytest.raises(RopeError, match="unknown task 'rope_kv,passkey'"):
-        make_measures(["rope_kv,passkey"], Bench(tokenizer, TEXT, 700))
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"samples": 0}, "samples must be an integer of at least 1, got 0"),
-        ({"windows": 1.5}, "windows must be an integer of at least 1"),
-        ({"lengths": ()}, "give at least one length"),
-        ({"lengths": (64, "2x")}, "lengths must be an integer of at least 1, in tokens, got '2x'"),
-    ],
-)
-def test_numbers_out_of_range_are_refused_at_once(tokenizer, change, message):
-    with pytest.raises(RopeError, match=message):
-        small(tokenizer, **change)

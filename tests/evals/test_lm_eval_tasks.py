@@ -353,7 +353,7 @@ def test_prompts_of_an_earlier_run_are_not_reused(saved, command):
     status, err, _ = command(*words, "--cache_requests", "true")
 
     assert status == 2
-    assert "leave it out" in err
+    assert "omit it" in err
 
 
 def test_answers_are_kept_for_each_model_apart(saved, command, tmp_path):

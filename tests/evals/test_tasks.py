@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from test_evals import byte_level, characters, make_tokenizer, unigram, word_piece
 
 from hf_rope_ext import RopeError
-from hf_rope_ext.evals.documents import build_dataset, fit, score
+from hf_rope_ext.evals.documents import build_dataset, fit
+from hf_rope_ext.evals.documents import score as score_with
 from hf_rope_ext.evals.registry import TASKS, make_task
 from hf_rope_ext.evals.tasks.babi import PEOPLE, ROOMS, THINGS, tell
 from hf_rope_ext.evals.tasks.base import DocumentTask, Place
@@ -78,6 +79,10 @@ def data(tmp_path_factory):
         "rope_ruler_qa_1": {"data": str(folder / "squad.json")},
         "rope_ruler_qa_2": {"data": str(folder / "hotpot.json")},
     }
+
+
+def score(name, document, prediction):
+    return score_with(TASKS[name], document, prediction)
 
 
 def count(tokenizer, text):

@@ -16,7 +16,7 @@ from torch import nn
 from hf_rope_ext.errors import RopeError
 from hf_rope_ext.evals import fingerprint
 from hf_rope_ext.evals.bench import Bench
-from hf_rope_ext.evals.documents import build_dataset, judge, make_document_task
+from hf_rope_ext.evals.documents import build_dataset, make_document_task, score
 from hf_rope_ext.evals.lm_eval.metadata import (
     for_task,
     read_settings,
@@ -128,7 +128,7 @@ class RopeTask(ConfigurableTask):  # type: ignore[misc]
         else:
             # lm-eval may repeat the last request of a process to keep processes in step
             texts = results[0][: self.config.repeats]
-            scores = judge(self._task, doc, texts if doc["sampling"] else texts[0])
+            scores = score(self._task, doc, texts if doc["sampling"] else texts[0])
         member_of = _cells(doc)
         by_cell = {f"score@{cell}": (cell in member_of, scores["score"]) for cell in self._cells}
         return {**scores, **by_cell}

@@ -12,6 +12,7 @@ from hf_rope_ext.checks import require_bool, require_choice, require_integer, re
 from hf_rope_ext.errors import RopeError
 from hf_rope_ext.evals.bench import Advance, Bench
 from hf_rope_ext.evals.tasks.frames import GRID, Frame
+from hf_rope_ext.evals.tasks.scorers import string_match_all
 
 Kind = Literal["generate", "loglikelihood"]
 DEPTHS = (0.0, 0.25, 0.5, 0.75, 1.0)
@@ -107,9 +108,9 @@ class QuestionTask(Task, abc.ABC):
     def draft(self, draw: random.Random, size: int, place: Place) -> Draft:
         """Return a question over ``size`` units; its token count must not fall with ``size``."""
 
-    @abc.abstractmethod
     def score(self, gold: tuple[str, ...], prediction: str) -> dict[str, float]:
-        """Return the scores of a prediction, including ``"score"``."""
+        """Return the scores of a prediction; by default the fraction of answers it contains."""
+        return {"score": string_match_all(prediction, gold)}
 
     def cells(self) -> list[tuple[float | None, str | None]]:
         """Return the (depth, group) pairs to measure at every length."""

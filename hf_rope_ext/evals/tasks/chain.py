@@ -11,20 +11,9 @@ from hf_rope_ext.evals.tasks.prose import sentences
 from hf_rope_ext.evals.tasks.scorers import final_answer, first_number, majority
 
 NAMES = [
-    "amber",
-    "basil",
-    "cedar",
-    "denim",
-    "ember",
-    "flint",
-    "grove",
-    "hazel",
-    "ivory",
-    "jasper",
-    "kelp",
-    "lotus",
-    "maple",
-]
+    "amber", "basil", "cedar", "denim", "ember", "flint", "grove", "hazel", "ivory", "jasper",
+    "kelp", "lotus", "maple",
+]  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -18,18 +18,10 @@ GRID = 3
 
 # lit segments of each digit: top, upper left, upper right, middle, lower left, lower right,
 # bottom; this avoids depending on a font
-SEGMENTS = (
-    "1110111",
-    "0010010",
-    "1011101",
-    "1011011",
-    "0111010",
-    "1101011",
-    "1101111",
-    "1010010",
-    "1111111",
-    "1111011",
-)
+SEGMENTS = [
+    "1110111", "0010010", "1011101", "1011011", "0111010", "1101011", "1101111", "1010010",
+    "1111111", "1111011",
+]  # fmt: skip
 # left, top, right, bottom of each segment, relative to the card
 STROKES = (
     (0.26, 0.10, 0.74, 0.22),

@@ -6,7 +6,6 @@ import uuid
 from dataclasses import dataclass
 
 from hf_rope_ext.evals.tasks.base import DepthTask, Draft, Place
-from hf_rope_ext.evals.tasks.scorers import string_match_all
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,10 +32,6 @@ class KeyValue(DepthTask):
             gold=(value,),
             metadata={"position": position},
         )
-
-    def score(self, gold: tuple[str, ...], prediction: str) -> dict[str, float]:
-        """Return 1 if the prediction contains the value."""
-        return {"score": string_match_all(prediction, gold)}
 
 
 def draw_uuid(draw: random.Random) -> str:

@@ -6,38 +6,16 @@ from dataclasses import dataclass
 from hf_rope_ext.checks import require_integer
 from hf_rope_ext.evals.tasks.base import DepthTask, Draft, Place
 from hf_rope_ext.evals.tasks.prose import sentences
-from hf_rope_ext.evals.tasks.scorers import string_match_all
 
 CITIES = [
-    "Lisbon",
-    "Kyoto",
-    "Nairobi",
-    "Oslo",
-    "Quito",
-    "Bergen",
-    "Hanoi",
-    "Tbilisi",
-    "Porto",
-    "Cusco",
-    "Riga",
-    "Dakar",
-    "Perth",
-    "Naples",
-]
+    "Lisbon", "Kyoto", "Nairobi", "Oslo", "Quito", "Bergen", "Hanoi", "Tbilisi", "Porto", "Cusco",
+    "Riga", "Dakar", "Perth", "Naples",
+]  # fmt: skip
 THINGS = [
-    "eat grilled sardines",
-    "ride the night tram",
-    "hear the brass band",
-    "climb the water tower",
-    "buy a paper kite",
-    "row across the lake",
-    "visit the clock museum",
-    "taste plum dumplings",
-    "watch the pelicans",
-    "feed the goats",
-    "sketch the lighthouse",
-    "rent a red bicycle",
-]
+    "eat grilled sardines", "ride the night tram", "hear the brass band", "climb the water tower",
+    "buy a paper kite", "row across the lake", "visit the clock museum", "taste plum dumplings",
+    "watch the pelicans", "feed the goats", "sketch the lighthouse", "rent a red bicycle",
+]  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,7 +65,3 @@ class Needle(DepthTask):
             gold=tuple(things),
             metadata={"needles": facts, "haystack": self.haystack or "generated"},
         )
-
-    def score(self, gold: tuple[str, ...], prediction: str) -> dict[str, float]:
-        """Return the fraction of needles recalled."""
-        return {"score": string_match_all(prediction, gold)}

@@ -17,64 +17,25 @@ NOISE = (
 """Filler of passkey prompts (Mohtashami and Jaggi, 2023) and of RULER."""
 
 _WHO = [
-    "Anna",
-    "Boris",
-    "Clara",
-    "Dmitri",
-    "Elena",
-    "Felix",
-    "Greta",
-    "Henrik",
-    "Irina",
-    "Jonas",
-    "Karin",
-    "Lukas",
-    "Marta",
-]
+    "Anna", "Boris", "Clara", "Dmitri", "Elena", "Felix", "Greta", "Henrik", "Irina", "Jonas",
+    "Karin", "Lukas", "Marta",
+]  # fmt: skip
 _DID = [
-    "walked past",
-    "drew a plan of",
-    "wrote a letter about",
-    "looked for",
-    "spoke about",
-    "took a picture of",
-    "waited beside",
-    "slowly repaired",
-    "sold a map of",
-    "read a story about",
-    "asked the way to",
-    "remembered",
-]
+    "walked past", "drew a plan of", "wrote a letter about", "looked for", "spoke about",
+    "took a picture of", "waited beside", "slowly repaired", "sold a map of", "read a story about",
+    "asked the way to", "remembered",
+]  # fmt: skip
 _WHAT = [
-    "old mill",
-    "stone bridge",
-    "narrow street",
-    "railway station",
-    "green hill",
-    "small harbour",
-    "wooden tower",
-    "market square",
-    "empty theatre",
-    "river bank",
-    "quiet library",
-    "white church",
-    "long fence",
-    "village school",
-]
+    "old mill", "stone bridge", "narrow street", "railway station", "green hill", "small harbour",
+    "wooden tower", "market square", "empty theatre", "river bank", "quiet library", "white church",
+    "long fence", "village school",
+]  # fmt: skip
 _WHEN = [
-    "before sunrise",
-    "on a cold morning",
-    "after the rain",
-    "late in the evening",
-    "during the harvest",
-    "in the first week of spring",
-    "while the others slept",
-    "without a word",
-    "as the bells rang",
-    "with an umbrella under one arm",
-    "for the second time that year",
+    "before sunrise", "on a cold morning", "after the rain", "late in the evening",
+    "during the harvest", "in the first week of spring", "while the others slept", "without a word",
+    "as the bells rang", "with an umbrella under one arm", "for the second time that year",
     "in no hurry at all",
-]
+]  # fmt: skip
 
 
 def noise(count: int) -> str:

@@ -8,7 +8,6 @@ from hf_rope_ext.evals.tasks.base import DocumentTask, Draft, Place
 from hf_rope_ext.evals.tasks.kv import draw_uuid
 from hf_rope_ext.evals.tasks.lexicon import adjective_nouns
 from hf_rope_ext.evals.tasks.prose import NOISE, split_sentences, words
-from hf_rope_ext.evals.tasks.scorers import string_match_all
 
 NEEDLE = "One of the special magic {type} for {key} is: {value}."
 PROMPT = (
@@ -94,10 +93,6 @@ class RulerNeedle(DocumentTask):
             gold=gold,
             metadata=metadata,
         )
-
-    def score(self, gold: tuple[str, ...], prediction: str) -> dict[str, float]:
-        """Return the fraction of values recalled."""
-        return {"score": string_match_all(prediction, gold)}
 
     def _lines(self, draw: random.Random, size: int, needles: list[str]) -> str:
         if self.hay == "noise":

@@ -9,18 +9,8 @@ from itertools import chain, pairwise
 from hf_rope_ext.evals.tasks.base import DocumentTask, Draft, Place
 from hf_rope_ext.evals.tasks.lexicon import common_words
 from hf_rope_ext.evals.tasks.prose import NOISE
-from hf_rope_ext.evals.tasks.scorers import string_match_all
 
 SHUFFLE_SEED = 42
-
-
-@dataclass(frozen=True, kw_only=True)
-class MatchAll(DocumentTask):
-    """A task scored by the fraction of reference answers in the prediction."""
-
-    def score(self, gold: tuple[str, ...], prediction: str) -> dict[str, float]:
-        """Return the fraction of reference answers in the prediction."""
-        return {"score": string_match_all(prediction, gold)}
 
 
 TRACKING = (
@@ -34,7 +24,7 @@ TRACKING_ANSWER = (
 
 
 @dataclass(frozen=True, kw_only=True)
-class VariableTracking(MatchAll):
+class VariableTracking(DocumentTask):
     """RULER: all variables of a chain of assignments, after a worked example (unit: a line).
 
     Args:
@@ -105,7 +95,7 @@ COMMON_ANSWER = " Answer: The top 10 words that appear most often in the list ar
 
 
 @dataclass(frozen=True, kw_only=True)
-class CommonWords(MatchAll):
+class CommonWords(DocumentTask):
     """RULER: the ten most common words of a list, after a worked example (unit: a word)."""
 
     max_new_tokens: int = 120
@@ -157,7 +147,7 @@ FREQUENT_ANSWER = (
 
 
 @dataclass(frozen=True, kw_only=True)
-class FrequentWords(MatchAll):
+class FrequentWords(DocumentTask):
     """RULER: the three most frequent of made-up words, with frequencies 1 / rank ** 2."""
 
     max_new_tokens: int = 50
