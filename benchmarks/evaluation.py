@@ -1,13 +1,12 @@
-"""What an evaluation costs beside the forwards it needs, a plain loop and stock lm-eval.
+"""Cost of an evaluation compared with bare forward passes, a plain loop and stock lm-eval.
 
-Run it as ``python benchmarks/evaluation.py [MODEL TEXT]``; the bundled model and text are taken if
-none are given. Part ``time`` runs 5 methods x 4 lengths x 5 depths of pass keys and perplexity in
-four ways, in turns; part ``memory`` measures the peak of scoring a window at a vocabulary of 150k.
-The ways are processes of their own where start-up is part of what a user waits for.
+Run ``python benchmarks/evaluation.py [MODEL TEXT]``; the default is the bundled model and text.
+Part ``time`` runs 5 methods x 4 lengths x 5 depths of pass keys and perplexity in four ways,
+alternating; part ``memory`` measures the peak memory of scoring a window with a vocabulary of 150k.
+Ways whose start-up time a user has to wait for run in processes of their own.
 
-``--vocabulary N`` widens the model's vocabulary with tokens that no text has: of a model whose
-layers are as small as the bundled one's, logits then are most of the work, as they are of the
-memory of a real one.
+``--vocabulary N`` pads the model's vocabulary with unused tokens: with layers as small as those of
+the bundled model, logits then dominate the time, as they dominate the memory of a real model.
 """
 
 import argparse
@@ -29,7 +28,7 @@ from recording import record
 from hf_rope_ext import patched
 from hf_rope_ext.assets import DIRECTORY, TEXT
 from hf_rope_ext.evals.compare import Comparison, compare
-from hf_rope_ext.evals.tasks import build_dataset
+from hf_rope_ext.evals.documents import build_dataset
 from hf_rope_ext.evals.tasks.base import Place
 from hf_rope_ext.evals.tasks.passkey import Passkey
 from hf_rope_ext.evals.text import encode_pair, read_text, tokenize
@@ -38,7 +37,7 @@ from hf_rope_ext.saving.loading import load_unpatched
 
 METHODS = "none,linear,ntk,ntk_by_parts,yarn"
 FACTOR = 4.0
-# the landmark prompt alone takes some 200 tokens of a small vocabulary
+# the prompt alone takes about 200 tokens with a small vocabulary
 LENGTHS = (256, 512, 1024, 2048)
 DEPTHS = (0.0, 0.25, 0.5, 0.75, 1.0)
 SAMPLES, WINDOWS, TARGETS = 5, 4, 64
@@ -46,7 +45,7 @@ VOCABULARY, MEMORY_LENGTHS = 150_000, (2048, 4096)
 
 
 def build(model: str, text: Path) -> Comparison:
-    """Return the comparison that every way has to do."""
+    """Return the comparison that every way performs."""
     loaded, tokenizer = load_unpatched(model, device="cpu", dtype="float32")
     return Comparison(
         model=loaded.eval(),
@@ -62,23 +61,23 @@ def build(model: str, text: Path) -> Comparison:
 
 
 def rows(comparison: Comparison) -> dict[int, list[tuple[list[int], int]]]:
-    """Return, by length, the token rows that the cells are about and their targets."""
+    """Return the token rows of all cells and their target counts, by length."""
     tokenizer = comparison.tokenizer
     ids = tokenize(tokenizer, comparison.text)
-    found = {}
+    by_length = {}
     for length in LENGTHS:
         documents = build_dataset("rope_passkey_ll", tokenizer, [length], SAMPLES, comparison.seed)
-        found[length] = [
+        by_length[length] = [
             encode_pair(tokenizer, d["prompt"] + d["answer"], d["target"]) for d in documents
         ]
         ends = torch.linspace(max(LENGTHS), len(ids), WINDOWS, dtype=torch.float64).round().long()
-        found[length] += [(ids[end - length : end].tolist(), TARGETS) for end in ends.tolist()]
-    return found
+        by_length[length] += [(ids[end - length : end].tolist(), TARGETS) for end in ends.tolist()]
+    return by_length
 
 
 @torch.inference_mode()
 def bare(comparison: Comparison, data: dict[int, list[tuple[list[int], int]]]) -> None:
-    """Run one forward per row and no more."""
+    """Run one forward pass per row and nothing else."""
     for method in comparison.methods.values():
         with patched(comparison.model, method) as model:
             for rows_of_length in data.values():
@@ -90,10 +89,10 @@ def bare(comparison: Comparison, data: dict[int, list[tuple[list[int], int]]]) -
 
 @torch.inference_mode()
 def plain_loop(directory: str, text: str) -> None:
-    """Do what a script does.
+    """Do what a simple script does.
 
-    Each method loads the model; each question is put together sentence by sentence until it is
-    long enough, and answered by ``generate``; windows of text get all their logits.
+    Load the model for each method, build each question sentence by sentence, answer it with
+    ``generate``, and compute all logits of each window of text.
     """
     for method in parse_methods(METHODS, FACTOR).values():
         loaded, tokenizer = load_unpatched(directory, device="cpu", dtype="float32")
@@ -117,19 +116,19 @@ def plain_loop(directory: str, text: str) -> None:
 
 
 def question(tokenizer: Any, length: int, depth: float, sample: int) -> str:
-    """Return the longest prompt that leaves room for 10 tokens, tried sentence by sentence."""
+    """Return the longest prompt that leaves room for 10 tokens, by trying every size."""
     task, place = Passkey(), Place(length, depth, None, sample)
-    size, found = 0, ""
+    size, prompt = 0, ""
     while True:
         draft = task.draft(random.Random(f"{length}/{depth}/{sample}"), size, place)
         longer = draft.prompt + draft.answer
         if len(tokenizer(longer, verbose=False)["input_ids"]) + 10 > length:
-            return found
-        size, found = size + 1, longer
+            return prompt
+        size, prompt = size + 1, longer
 
 
 def ours(model: str, text: Path) -> None:
-    """Do it with `compare`, in this process."""
+    """Run `compare` in this process."""
     compare(build(model, text))
 
 
@@ -160,7 +159,7 @@ simple_evaluate(lm, tasks=[keys, windows], task_manager=manager, bootstrap_iters
 
 
 def stock_inputs(comparison: Comparison, folder: Path) -> None:
-    """Write the documents and each method's model for stock lm-eval."""
+    """Write the documents and a model per method for stock lm-eval."""
     tokenizer = comparison.tokenizer
     documents = build_dataset("rope_passkey", tokenizer, LENGTHS, SAMPLES)
     ids = tokenize(tokenizer, comparison.text)
@@ -175,17 +174,17 @@ def stock_inputs(comparison: Comparison, folder: Path) -> None:
         for end in ends
     ]
     for name, data in (("keys", keys), ("windows", windows)):
-        (folder / f"{name}.jsonl").write_text("".join(json.dumps(one) + "\n" for one in data))
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in data))
     for label, method in comparison.methods.items():
         with patched(comparison.model, method) as model:
-            # room for the longest prompt, so that nothing is cut
+            # room for the longest prompt, so that nothing is truncated
             model.config.max_position_embeddings = 2 * max(LENGTHS)
             model.save_pretrained(folder / label)
             tokenizer.save_pretrained(folder / label)
 
 
 def stock(comparison: Comparison, folder: Path) -> None:
-    """Do it with stock lm-eval: one process per method, as its command line has it."""
+    """Run stock lm-eval, one process per method as its command line requires."""
     for label in comparison.methods:
         subprocess.run(
             [sys.executable, "-c", STOCK, str(folder / label), str(folder)],
@@ -196,7 +195,7 @@ def stock(comparison: Comparison, folder: Path) -> None:
 
 
 def seconds(call: Any) -> float:
-    """Return the CPU time of a call and of the processes it started."""
+    """Return the CPU time of a call, including subprocesses."""
     before = _cpu()
     call()
     return _cpu() - before
@@ -204,11 +203,11 @@ def seconds(call: Any) -> float:
 
 def _cpu() -> float:
     who = (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)
-    return sum(sum(resource.getrusage(one)[:2]) for one in who)
+    return sum(sum(resource.getrusage(process)[:2]) for process in who)
 
 
 def prompts(comparison: Comparison) -> None:
-    """Do the part of the plain loop that builds its questions."""
+    """Run the part of the plain loop that builds questions."""
     for _ in comparison.methods:
         for length in LENGTHS:
             for depth in DEPTHS:
@@ -217,7 +216,7 @@ def prompts(comparison: Comparison) -> None:
 
 
 def widen(model: str, vocabulary: int, folder: Path) -> str:
-    """Write the model with a larger vocabulary, and return where."""
+    """Save the model with a larger vocabulary, and return the path."""
     loaded, tokenizer = load_unpatched(model, device="cpu", dtype="float32")
     torch.manual_seed(0)
     loaded.resize_token_embeddings(vocabulary, mean_resizing=False)
@@ -227,7 +226,7 @@ def widen(model: str, vocabulary: int, folder: Path) -> str:
 
 
 def times(model: str, text: Path, with_stock: bool, blocks: int) -> dict[str, Any]:
-    """Return the CPU times of each way and their ratios, block by block."""
+    """Return median CPU times of the ways, and medians of their ratios per round."""
     comparison = build(model, text)
     data = rows(comparison)
     took: dict[str, list[float]] = {"bare forwards": [], "hf-rope": [], "plain loop": []}
@@ -244,11 +243,11 @@ def times(model: str, text: Path, with_stock: bool, blocks: int) -> dict[str, An
             if with_stock:
                 took["stock lm-eval"].append(seconds(lambda: stock(comparison, Path(name))))
 
-    def ratio(one: str, other: str) -> float:
-        pairs = zip(took[one], took[other], strict=True)
+    def ratio(way: str, other: str) -> float:
+        pairs = zip(took[way], took[other], strict=True)
         return statistics.median(a / b for a, b in pairs)
 
-    found: dict[str, Any] = {
+    results: dict[str, Any] = {
         "cpu seconds": {way: statistics.median(times) for way, times in took.items()},
         "hf-rope over bare forwards": ratio("hf-rope", "bare forwards"),
         "plain loop over hf-rope": ratio("plain loop", "hf-rope"),
@@ -256,14 +255,15 @@ def times(model: str, text: Path, with_stock: bool, blocks: int) -> dict[str, An
         - building / statistics.median(took["hf-rope"]),
     }
     if with_stock:
-        found["stock lm-eval over hf-rope"] = ratio("stock lm-eval", "hf-rope")
-    return found
+        results["stock lm-eval over hf-rope"] = ratio("stock lm-eval", "hf-rope")
+    return results
 
 
 MEMORY = """
 import resource, sys, torch
 from transformers import LlamaConfig, LlamaForCausalLM
-from hf_rope_ext.evals.perplexity import PerplexityTask
+from hf_rope_ext.evals.bench import Bench
+from hf_rope_ext.evals.perplexity import Perplexity
 way, length, vocabulary = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
 model = LlamaForCausalLM(LlamaConfig(vocab_size=vocabulary, hidden_size=64, intermediate_size=64,
     num_hidden_layers=2, num_attention_heads=4, max_position_embeddings=length)).eval()
@@ -275,58 +275,62 @@ if way == "full":
         logits = model(input_ids=ids[None], use_cache=False).logits[0, :-1].float()
         torch.log_softmax(logits, -1).gather(-1, ids[1:, None]).sum()
 else:
-    PerplexityTask(ids, length, mode="disjoint").measure(model, length, 1, lambda done: None)
+    bench = Bench(None, ids, length)
+    Perplexity(mode="disjoint").measure(bench, model, length, 1, lambda done: None)
 print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
 """
 
 
 def memory() -> dict[str, Any]:
-    """Return the peak memory that scoring a whole window adds, in MiB."""
-    found: dict[str, Any] = {}
+    """Return the additional peak memory of scoring a whole window, in MiB."""
+    results: dict[str, Any] = {}
     for length in MEMORY_LENGTHS:
         added = {}
         for way in ("full", "ours"):
             words = [sys.executable, "-c", MEMORY, way, str(length), str(VOCABULARY)]
             done = subprocess.run(words, capture_output=True, text=True, check=True)
             added[way] = float(done.stdout)
-        found[str(length)] = {
+        results[str(length)] = {
             "full logits MiB": added["full"],
             "hf-rope MiB": added["ours"],
             "share": added["ours"] / added["full"],
             "logits alone MiB": length * VOCABULARY * 4 / 2**20,
         }
-    return found
+    return results
 
 
 def main() -> None:
-    """Measure and write the result."""
+    """Run the benchmark and record the results."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("model", nargs="?", default=str(DIRECTORY))
     parser.add_argument("text", nargs="?", type=Path, default=TEXT)
-    parser.add_argument("--name", default="evaluation", help="of the result file")
-    parser.add_argument("--without-stock", action="store_true", help="lm-eval is not installed")
+    parser.add_argument("--name", default="evaluation", help="name of the result file")
+    parser.add_argument("--without-stock", action="store_true", help="skip stock lm-eval")
     parser.add_argument("--only", choices=("time", "memory"))
-    parser.add_argument("--vocabulary", type=int, help="widen the model's to this")
-    parser.add_argument("--blocks", type=int, default=3, help="rounds in which the ways take turns")
-    given = parser.parse_args()
+    parser.add_argument("--vocabulary", type=int, help="pad the vocabulary to this size")
+    parser.add_argument("--blocks", type=int, default=3, help="rounds of alternating ways")
+    options = parser.parse_args()
     torch.set_num_threads(1)
     results: dict[str, Any] = {}
-    if given.only != "memory":
+    if options.only != "memory":
         with tempfile.TemporaryDirectory() as name:
-            model = given.model
-            if given.vocabulary:
-                model = widen(model, given.vocabulary, Path(name))
-            results["time"] = times(model, given.text, not given.without_stock, given.blocks)
-    if given.only != "time":
+            model = options.model
+            if options.vocabulary:
+                model = widen(model, options.vocabulary, Path(name))
+            results["time"] = times(model, options.text, not options.without_stock, options.blocks)
+    if options.only != "time":
         results["memory"] = memory()
     assert all(
-        math.isfinite(one) for one in results.get("time", {}).get("cpu seconds", {}).values()
+        math.isfinite(value) for value in results.get("time", {}).get("cpu seconds", {}).values()
     )
     settings: dict[str, Any] = {"methods": METHODS, "lengths": LENGTHS, "depths": DEPTHS}
     settings |= {"samples": SAMPLES, "windows": WINDOWS, "targets": TARGETS}
-    if given.only != "memory":
-        settings |= {"blocks": given.blocks, "vocabulary": given.vocabulary or "the model's"}
-    path = record(given.name, results, **settings)
+    if options.only != "memory":
+        settings |= {
+            "blocks": options.blocks,
+            "vocabulary": options.vocabulary or "the model's",
+        }
+    path = record(options.name, results, **settings)
     print(path, json.dumps(results, indent=2))
 
 

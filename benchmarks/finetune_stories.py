@@ -22,7 +22,8 @@ from recording import record
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainingArguments
 
 from hf_rope_ext import patched
-from hf_rope_ext.evals.perplexity import PerplexityTask
+from hf_rope_ext.evals.bench import Bench
+from hf_rope_ext.evals.perplexity import Perplexity
 from hf_rope_ext.finetune import Recipe, finetune
 from hf_rope_ext.finetune.documents import Source, load_documents, split_stream
 from hf_rope_ext.parsing import parse_methods
@@ -50,13 +51,12 @@ def read_stories(text: Path) -> Dataset:
 
 def measure_perplexities(model: Any, ids: torch.Tensor) -> dict[str, float]:
     """Return the perplexity of the same tokens at each length."""
-    task = PerplexityTask(ids, max(LENGTHS), WINDOWS, TARGETS)
+    bench = Bench(None, ids, max(LENGTHS), windows=WINDOWS, targets=TARGETS)
+    measure = partial(Perplexity().measure, bench, model)
     model.eval()
     with torch.inference_mode():
         return {
-            str(length): task.measure(model, length, max(8192 // length, 1), lambda done: None)[
-                "perplexity"
-            ]
+            str(length): measure(length, max(8192 // length, 1), lambda done: None)["perplexity"]
             for length in LENGTHS
         }
 

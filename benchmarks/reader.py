@@ -1,7 +1,7 @@
-"""A tiny Qwen2.5-VL that reads drawn videos, its training, and two ways to ask it.
+"""A tiny Qwen2.5-VL that reads drawn videos: its training, and two ways to query it.
 
-Its tower learns the glyphs first; then the language model learns, at 3 x 3 cells and one frame a
-scene, to answer the questions of `scenes`.
+The vision tower learns the glyphs first; then the language model learns to answer the questions of
+`scenes`, on 3 x 3 cells with one frame per scene.
 """
 
 from dataclasses import dataclass
@@ -15,7 +15,7 @@ from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 TRAINED = 2 + scenes.SCENES + 1
-"""Positions of a trained prompt, where the question stands behind the last frame."""
+"""Positions of a training prompt, in which the question follows the last frame."""
 
 TOWER_STEPS, TOWER_RATE = 100, 3e-3
 WARM_UP, BATCH, RATE = 30, 16, 3e-3
@@ -23,12 +23,12 @@ WARM_UP, BATCH, RATE = 30, 16, 3e-3
 
 @dataclass(frozen=True)
 class Recipe:
-    """What a model is made of, and how long it learns.
+    """Configuration of a model and its training.
 
     Attributes:
-        theta: Base of the text model's frequencies.
-        section: Pairs of t, h and w.
-        steps: Of the language model.
+        theta: RoPE base of the text model.
+        section: Number of pairs of t, h and w.
+        steps: Training steps of the language model.
     """
 
     theta: float = 100.0
@@ -39,9 +39,9 @@ class Recipe:
 def build(recipe: Recipe, seed: int) -> nn.Module:
     """Return an untrained model.
 
-    The tower's attention windows are one cell, so no feature knows where its cell is: only M-RoPE
-    says so. Keys have biases to begin with, as those of trained models of this family do: attention
-    by position alone needs something that all keys share.
+    The tower attends within single cells, so features carry no position: only M-RoPE provides it.
+    Keys start with random biases, as in trained models of this family: attention purely by position
+    needs a component that all keys share.
     """
     torch.manual_seed(seed)
     config = Qwen2_5_VLConfig(
@@ -98,12 +98,12 @@ def build(recipe: Recipe, seed: int) -> nn.Module:
 
 
 def prompt(videos: Videos, question: int = 0, seconds: float = 1.0) -> dict[str, Tensor]:
-    """Return a prompt that asks each video one question, as a processor would make it.
+    """Return a prompt with one question per video, in the format of a processor.
 
     Args:
         videos: The videos.
         question: Index of the question.
-        seconds: That a frame is said to last.
+        seconds: Duration of a frame.
     """
     pads = [VIDEO_PAD] * videos.glyphs[0].numel()
     words = [scenes.START, scenes.VISION_START, *pads, scenes.FIRST_QUESTION + question]
@@ -117,19 +117,19 @@ def prompt(videos: Videos, question: int = 0, seconds: float = 1.0) -> dict[str,
 
 
 def features(model: nn.Module, pixels: Tensor, grid: Tensor) -> Tensor:
-    """Return what the tower makes of pixels, ``(videos, cells, hidden)``."""
+    """Return the tower's features, ``(videos, cells, hidden)``."""
     return torch.stack(model.model.get_video_features(pixels, grid, return_dict=True).pooler_output)
 
 
 def read(model: nn.Module, videos: Videos, seen: Tensor, seconds: float = 1.0) -> Tensor:
     """Return the logits of all questions in one pass, ``(batch, questions, vocabulary)``.
 
-    All questions stand at the position of one, blind to each other: each sees what it would see
-    alone. Positions are those the model computes for a prompt with one question.
+    All questions share one position and cannot attend to each other, so each gives the result it
+    would give alone. Positions are those the model computes for a prompt with one question.
     """
     words = prompt(videos, seconds=seconds)
-    asked = {name: words[name][:1] for name in words}
-    positions = model.model.get_rope_index(**asked)[0]
+    first = {name: words[name][:1] for name in words}
+    positions = model.model.get_rope_index(**first)[0]
     positions = torch.cat([positions[..., :-1], positions[..., -1:].expand(-1, -1, QUESTIONS)], -1)
     questions = scenes.FIRST_QUESTION + torch.arange(QUESTIONS).expand(len(videos), -1)
     ids = torch.cat([words["input_ids"][:, :-1], questions], 1)
@@ -146,16 +146,16 @@ def read(model: nn.Module, videos: Videos, seen: Tensor, seconds: float = 1.0) -
 
 
 def one_by_one(model: nn.Module, videos: Videos, pixels: Tensor, seconds: float = 1.0) -> Tensor:
-    """Return what `read` returns, with one prompt for each question and the pixels in it."""
-    found = [
+    """Return the result of `read`, computed with one prompt per question and from pixels."""
+    logits = [
         model(**prompt(videos, question, seconds), pixel_values_videos=pixels).logits[:, -1]
         for question in range(QUESTIONS)
     ]
-    return torch.stack(found, 1)
+    return torch.stack(logits, 1)
 
 
 def teach_glyphs(model: nn.Module) -> Tensor:
-    """Train the tower to tell glyphs apart; return what it sees, ``(glyphs, places, hidden)``."""
+    """Train the tower to classify glyphs; return its features, ``(glyphs, places, hidden)``."""
     cells = scenes.atlas()
     count, places = cells.shape[:2]
     pixels = scenes.patches(cells.flatten(0, 1)[:, None])
@@ -174,13 +174,13 @@ def teach_glyphs(model: nn.Module) -> Tensor:
 
 
 def share_of_rate(step: int, steps: int) -> float:
-    """Return the learning rate of a step over RATE: warm-up, constant, linear to 2 %."""
+    """Return the relative learning rate of a step: warm-up, constant, linear decay to 2 %."""
     late = max(0.0, (step / steps - 0.6) / 0.4)
     return min(1.0, (step + 1) / WARM_UP) * (1 - 0.98 * late)
 
 
 def train(model: nn.Module, steps: int, seed: int) -> None:
-    """Train the tower, then all the rest on what the tower sees of each glyph."""
+    """Train the tower, then the rest of the model on the tower's features."""
     seen = teach_glyphs(model)
     generator = Generator().manual_seed(1000 + seed)
     parameters = [weight for weight in model.parameters() if weight.requires_grad]

@@ -17,7 +17,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils.logging import disable_progress_bar
 
 from hf_rope_ext import patched
-from hf_rope_ext.evals.perplexity import PerplexityTask
+from hf_rope_ext.evals.bench import Bench
+from hf_rope_ext.evals.perplexity import Perplexity
 
 FACTOR = 4.0
 TIMES = (1, 2, 4, 8)
@@ -87,7 +88,7 @@ def main() -> None:
     model = AutoModelForCausalLM.from_pretrained(arguments.checkpoint)
     trained = model.config.max_position_embeddings
     lengths = [times * trained for times in TIMES]
-    task = PerplexityTask(ids, max(lengths), WINDOWS, TARGETS)
+    bench = Bench(None, ids, max(lengths), windows=WINDOWS, targets=TARGETS)
     probe = ids[None, : 4 * trained]
     rows = {}
     for method in METHODS:
@@ -95,7 +96,9 @@ def main() -> None:
         knobs = {} if method == "none" else {"factor": FACTOR}
         with patched(model, method, **knobs):
             logits, expected = model(probe).logits, stock(probe).logits
-            measured = [task.measure(model, length, 1, lambda _: None) for length in lengths]
+            measured = [
+                Perplexity().measure(bench, model, length, 1, lambda _: None) for length in lengths
+            ]
         rows[method] = {
             "patched": [round(cell["perplexity"], 4) for cell in measured],
             "stock": [round(value, 4) for value in stock_perplexities(stock, ids, lengths)],

@@ -1,9 +1,9 @@
-"""Drawn videos whose questions are answered through one position axis each.
+"""Drawn videos with questions that each depend on a single position axis.
 
-A video shows 8 scenes on a grid of 3 x 3 cells. In each frame some cells show the scene's digit,
-some the letter of their row, some the letter of their column and the rest marks that mean nothing,
-all at random places. Rows and columns keep their letter all video long. So the digit of scene k is
-told by t alone, the letter of row r by h alone, that of column c by w alone.
+A video shows 8 scenes on a grid of 3 x 3 cells. In each frame, random cells show the digit of the
+scene, the letter of their row, the letter of their column, or meaningless marks. Letters of rows
+and columns stay the same throughout the video. The digit of scene k is thus identified by t alone,
+the letter of row r by h alone, that of column c by w alone.
 """
 
 from dataclasses import dataclass
@@ -19,7 +19,7 @@ GLYPHS = DIGITS + ROWS + COLUMNS + MARKS
 PATCH, MERGE, TEMPORAL = 8, 2, 2
 CELL = PATCH * MERGE
 JITTER = 3
-"""A glyph sits at one of JITTER x JITTER places in its cell."""
+"""Glyphs are drawn at one of JITTER x JITTER positions in their cell."""
 
 START, VISION_START, VIDEO_PAD, IMAGE_PAD = range(4)
 FIRST_QUESTION = 4
@@ -31,15 +31,15 @@ AXES = {
     "h": slice(SCENES, SCENES + SIDE),
     "w": slice(SCENES + SIDE, QUESTIONS),
 }
-"""Which questions are answered through which axis."""
+"""The questions that depend on each axis."""
 
 
 @dataclass(frozen=True)
 class Videos:
-    """Videos of one shape and the answers to all their questions.
+    """Videos of the same shape, with the answers to all questions.
 
     Attributes:
-        glyphs: ``(batch, frames, rows, columns)``, each an index of ``GLYPHS``.
+        glyphs: ``(batch, frames, rows, columns)``, indices into ``GLYPHS``.
         answers: ``(batch, questions)`` token ids: scenes, then rows, then columns.
     """
 
@@ -54,7 +54,7 @@ class Videos:
 
     @property
     def grid(self) -> Tensor:
-        """Patches of each video as ``(batch, 3)``: frames, height, width."""
+        """Patch grid of each video, ``(batch, 3)``: frames, height, width."""
         frames, rows, columns = self.glyphs.shape[1:]
         return torch.tensor([[frames, MERGE * rows, MERGE * columns]] * len(self))
 
@@ -71,12 +71,12 @@ def videos(
     """Return random videos.
 
     Args:
-        generator: Makes them the same every time.
-        batch: How many.
-        scenes: Scenes of each video.
-        hold: Frames that each scene is held for.
-        zoom: Cells that each row and column covers.
-        first: The scene that question 0 asks for.
+        generator: Random number generator.
+        batch: Number of videos.
+        scenes: Scenes per video.
+        hold: Frames per scene.
+        zoom: Cells per row and column of the 3 x 3 grid.
+        first: The scene of question 0.
     """
 
     def choose(*shape: int) -> Tensor:
@@ -94,7 +94,7 @@ def videos(
     kinds = torch.tensor([0, 0, 1, 1, 2, 2, 3, 3, 3]).repeat(zoom**2)
     order = torch.rand(batch, frames, side * side, generator=generator).argsort(-1)
     kind = kinds[order].view(shape)
-    glyphs = torch.stack([one.expand(shape) for one in shown]).gather(0, kind[None])[0]
+    glyphs = torch.stack([glyph.expand(shape) for glyph in shown]).gather(0, kind[None])[0]
     answers = torch.cat(
         [digits[:, first : first + SCENES], CHOICES + rows, 2 * CHOICES + columns], 1
     )
@@ -102,7 +102,7 @@ def videos(
 
 
 def atlas() -> Tensor:
-    """Return every glyph at every place of its cell, ``(glyphs, places, 3, CELL, CELL)`` bytes."""
+    """Return all glyphs at all positions in a cell, ``(glyphs, places, 3, CELL, CELL)`` bytes."""
     font = ImageFont.load_default_imagefont()
     drawn = []
     for glyph in GLYPHS:
@@ -116,7 +116,7 @@ def atlas() -> Tensor:
 
 
 def places(glyphs: Tensor, generator: Generator) -> Tensor:
-    """Return at which place of its cell each glyph is drawn."""
+    """Return a random position in its cell for each glyph."""
     return torch.randint(JITTER**2, glyphs.shape, generator=generator)
 
 
@@ -128,13 +128,13 @@ def draw(glyphs: Tensor, generator: Generator) -> Tensor:
 
 
 def patches(frames: Tensor) -> Tensor:
-    """Return pixels as Qwen2-VL's processors lay them out, each frame held for TEMPORAL pictures.
+    """Return pixels in the layout of Qwen2-VL's processors, repeating each frame TEMPORAL times.
 
     Args:
         frames: ``(batch, frames, 3, height, width)`` bytes.
 
     Returns:
-        ``(batch * frames * patches, 3 * TEMPORAL * PATCH * PATCH)``, those of a cell together.
+        ``(batch * frames * patches, 3 * TEMPORAL * PATCH * PATCH)``, grouped by cell.
     """
     mean, std = (torch.tensor(x).view(3, 1, 1) for x in (OPENAI_CLIP_MEAN, OPENAI_CLIP_STD))
     batch, count, _, height, width = frames.shape

@@ -80,20 +80,22 @@ def _by_axis(settings: dict[str, Any]) -> dict[str, Any]:
     return values
 
 
-def parse_tasks(text: str) -> list[tuple[str, str, dict[str, Any]]]:
-    """Return label, name and options of tasks from ``"rope_ppl:stride=64,rope_needle"``.
+def split_tasks(text: str) -> tuple[str, ...]:
+    """Split ``"rope_ppl:stride=64,rope_needle:depths=[0,1]"`` into one specification per task.
 
-    Commas within brackets belong to a list: ``"rope_needle:depths=[0,0.5,1]"``.
+    Commas inside brackets belong to a list.
+    """
+    return tuple(part.strip() for part in re.split(r",(?![^\[]*\])", text))
+
+
+def parse_task(text: str) -> tuple[str, dict[str, Any]]:
+    """Return the name and the options of one task from ``"rope_needle:depths=[0,1]"``.
 
     Raises:
-        RopeError: If an option is not one.
+        RopeError: If an option is malformed.
     """
-    found = []
-    for part in re.split(r",(?![^\[]*\])", text):
-        name, *settings = part.strip().split(":")
-        options = dict(_setting(setting, part, "tasks", "option") for setting in settings)
-        found.append((part.strip(), name, options))
-    return found
+    name, *settings = text.strip().split(":")
+    return name, dict(_setting(setting, text.strip(), "tasks", "option") for setting in settings)
 
 
 def _setting(text: str, part: str, what: str = "methods", kind: str = "knob") -> tuple[str, Any]:

@@ -18,7 +18,7 @@ from hf_rope_ext.cli.options import (
     print_json,
     print_line,
 )
-from hf_rope_ext.parsing import parse_lengths, parse_methods
+from hf_rope_ext.parsing import parse_lengths, parse_methods, split_tasks
 
 Text = Annotated[Path | None, typer.Option(help="A long UTF-8 text.")]
 Output = Annotated[Path, typer.Option(help="Directory for the report and its plots.")]
@@ -65,8 +65,9 @@ def compare(
     from hf_rope_ext.assets import TEXT
     from hf_rope_ext.evals.compare import Comparison
     from hf_rope_ext.evals.compare import compare as run
-    from hf_rope_ext.evals.measures import describe_tasks, needs_processor
+    from hf_rope_ext.evals.registry import describe_tasks, needs_processor
     from hf_rope_ext.evals.text import read_text
+    from hf_rope_ext.evals.writing import save_report
     from hf_rope_ext.planning.extension import text_site
     from hf_rope_ext.saving.loading import load_processor, load_unpatched
 
@@ -75,27 +76,31 @@ def compare(
             print(f"{name:28}{description}")
         return
     chosen = parse_methods(methods, factor)
+    chosen_tasks = split_tasks(tasks)
     words = "" if model and not text else read_text(text or TEXT)
     loaded, tokenizer = load_unpatched(model or bundled_model(), device=device, dtype=dtype)
     trained = text_site(loaded.config).geometry.original_max_position_embeddings
+    processor = None
+    if needs_processor(chosen_tasks):
+        processor = load_processor(model or bundled_model())
     comparison = Comparison(
         model=loaded,
         tokenizer=tokenizer,
         text=words,
         methods=chosen,
         lengths=parse_lengths(lengths, trained),
-        tasks=(tasks,),
+        tasks=chosen_tasks,
         windows=windows,
         targets=targets,
         samples=samples,
         seed=seed,
         name=Path(model).name if model else "bundled",
         replace=replace,
-        processor=load_processor(model or bundled_model()) if needs_processor((tasks,)) else None,
+        processor=processor,
     )
     with _progress() as show:
         report = run(comparison, output, show, max_minutes)
-    files = report.save(output)
+    files = save_report(report, output)
     if as_json:
         print_json({"settings": report.settings, "cells": report.cells})
         return
@@ -137,8 +142,10 @@ def _progress() -> Iterator[Any]:
 
 
 def _print_report(report: Any, files: list[Path], max_minutes: float | None) -> None:
+    from hf_rope_ext.evals.writing import make_table
+
     for task in report.tasks:
-        console.print(report.table(task))
+        console.print(make_table(report, task))
     if report.missing:
         total = len(report.missing) + len(report.cells)
         print_line(

@@ -1,1 +1,1 @@
-"""Does the longer context work? Tasks, scores and reports; nothing here needs lm_eval."""
+"""Evaluation over context lengths: tasks, scores and reports; only `lm_eval` needs lm-eval."""

@@ -1,51 +1,62 @@
-"""Measure methods, tasks and lengths; each method is patched in, measured, and taken out."""
+"""Compare methods on tasks over context lengths; each method is patched in only while it runs."""
 
-import hashlib
+import json
 import time
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
+from hf_rope_ext.checks import require_bool, require_integer
 from hf_rope_ext.errors import RopeError
+from hf_rope_ext.evals.bench import Bench
+from hf_rope_ext.evals.fingerprint import (
+    environment,
+    model_settings,
+    processor_digest,
+    text_digest,
+    tokenizer_digest,
+    trained_length,
+)
 from hf_rope_ext.evals.journal import Cell, Journal
-from hf_rope_ext.evals.measures import Bench, Measure, make_measures
-from hf_rope_ext.evals.report import SCHEMA_VERSION, Report, environment
+from hf_rope_ext.evals.measures import Measure, make_measures
+from hf_rope_ext.evals.report import SCHEMA_VERSION, Report
 from hf_rope_ext.methods import Method, NoScaling, method_record
-from hf_rope_ext.models.sites import read_sites
 from hf_rope_ext.parsing import parse_lengths
 from hf_rope_ext.patching.patch import patched
 from hf_rope_ext.rotary.installed import patch_of
 
 TOKENS_AT_ONCE = 8192
-"""Tokens of one forward at most; a longer single row still goes in one."""
+"""Maximum tokens per batch; a single longer row still runs as one."""
 
 Progress = Callable[[Cell, int, int], None]
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """What to compare on which model.
+    """What to compare, and on which model.
 
     Args:
-        model: An unpatched causal language model.
-        tokenizer: Its tokenizer.
-        text: Text for perplexity, and to hide pass keys in.
-        methods: Methods by the label they are reported under.
-        lengths: In tokens, ascending.
-        tasks: What is measured: names with options, such as ``"rope_needle:depths=[0,1]"``.
-        windows: Places in the text where perplexity is measured.
-        targets: Tokens scored at each place.
-        samples: Documents per length and depth.
-        seed: Of the documents.
-        name: What the model is called in the report.
+        model: A causal language model.
+        tokenizer: The model's tokenizer.
+        text: Text for perplexity and for hiding pass keys.
+        methods: Methods by label.
+        lengths: Context lengths in tokens, ascending.
+        tasks: Task specifications: names with options, such as ``"rope_needle:depths=[0,1]"``.
+        windows: Windows of text for perplexity.
+        targets: Tokens scored at the end of each window.
+        samples: Questions per length, and per depth for tasks with depths.
+        seed: Seed for all sampling.
+        name: Name of the model in the report.
         replace: Whether methods replace a scaling in the model's own config.
-        processor: Its processor, for tasks that show images.
+        processor: The model's processor, for tasks that show images.
+
+    Raises:
+        RopeError: If a number is out of range, or there are no lengths.
     """
 
     model: nn.Module
@@ -62,69 +73,70 @@ class Comparison:
     replace: bool = False
     processor: Any = None
 
+    def __post_init__(self) -> None:
+        """Check the numbers."""
+        if not self.lengths:
+            raise RopeError("give at least one length, such as 4096.")
+        for length in self.lengths:
+            require_integer("lengths", length, 1, unit="tokens")
+        for argument in ("windows", "targets", "samples"):
+            require_integer(argument, getattr(self, argument), 1)
+        require_bool("replace", self.replace)
+
     @cached_property
     def measures(self) -> dict[str, Measure]:
-        """What is measured, by label.
+        """Measures by label.
 
         Raises:
-            RopeError: If a task cannot be made, or the text is too short for the lengths.
+            RopeError: If a task cannot be made, or the text is too short.
         """
         bench = Bench(
-            self.tokenizer,
-            self.text,
-            max(self.lengths),
-            self.trained,
-            self.windows,
-            self.targets,
-            self.samples,
-            self.seed,
-            self.processor,
+            tokenizer=self.tokenizer,
+            text=self.text,
+            longest=max(self.lengths),
+            trained=trained_length(self.model),
+            windows=self.windows,
+            targets=self.targets,
+            samples=self.samples,
+            seed=self.seed,
+            processor=self.processor,
         )
         return make_measures(self.tasks, bench)
 
-    @property
-    def trained(self) -> int:
-        """The trained length."""
-        patch = patch_of(self.model)
-        sites = read_sites(self.model) if patch is None else patch.sites
-        return sites[0].geometry.original_max_position_embeddings
-
     def settings(self) -> dict[str, Any]:
-        """Return everything the numbers depend on, as JSON data."""
-        config = self.model.config
-        return {
+        """Return everything the results depend on, as JSON data."""
+        settings = {
             "schema_version": SCHEMA_VERSION,
-            "model": {
-                "name": self.name,
-                "model_type": config.model_type,  # type: ignore[union-attr]
-                "parameters": sum(part.numel() for part in self.model.parameters()),
-                "dtype": str(next(self.model.parameters()).dtype).removeprefix("torch."),
-                "weights_sha256": weights_digest(self.model),
-                "trained_length": self.trained,
-            },
+            "model": model_settings(self.model, self.name),
+            "tokenizer_sha256": tokenizer_digest(self.tokenizer),
+            "processor_sha256": processor_digest(self.processor),
             "methods": {label: method_record(method) for label, method in self.methods.items()},
+            "replace": self.replace,
             "tasks": {label: measure.metric for label, measure in self.measures.items()},
-            "lengths": list(self.lengths),
-            "text_sha256": hashlib.sha256(self.text.encode()).hexdigest(),
+            "lengths": self.lengths,
+            "text_sha256": text_digest(self.text),
             "windows": self.windows,
             "targets": self.targets,
             "samples": self.samples,
             "seed": self.seed,
         }
+        # as read back from a file, so that both compare equal
+        plain: dict[str, Any] = json.loads(json.dumps(settings))
+        return plain
 
     def cells(self) -> list[Cell]:
-        """Return everything to measure, shortest lengths first."""
-        every = {
+        """Return all cells to measure, shortest lengths first."""
+        pairs = {
             (length, task)
             for task, measure in self.measures.items()
             for length in measure.lengths(self.lengths)
         }
         return [
             Cell(label, task, length)
-            for length in sorted({length for length, _ in every})
+            for length in sorted({length for length, _ in pairs})
             for label in self.methods
             for task in self.measures
-            if (length, task) in every
+            if (length, task) in pairs
         ]
 
 
@@ -134,32 +146,31 @@ def compare(
     on_progress: Progress | None = None,
     max_minutes: float | None = None,
 ) -> Report:
-    """Measure every method at every length, shortest first.
+    """Measure every method on every task at every length, shortest first.
 
     Args:
-        comparison: What to measure.
-        output: Directory that keeps each finished cell, so that an interrupted comparison goes on
-            where it stopped.
-        on_progress: Called with the cell at work, tokens done and tokens in all.
-        max_minutes: When to stop; the report then holds the finished cells.
+        comparison: What to compare; the model must not be patched.
+        output: Directory to keep finished cells in, so that an interrupted comparison resumes.
+        on_progress: Called with the current cell, the tokens done and the total number of tokens.
+        max_minutes: Time limit; the report then holds the cells finished by then.
 
     Raises:
-        RopeError: If the directory holds another comparison, a task lacks something, or a method
-            cannot be patched in.
+        RopeError: If the directory holds another comparison, a task cannot be measured, or a method
+            cannot be applied.
     """
     if patch_of(comparison.model) is not None:
         raise RopeError("compare patches the model itself; pass it unpatched.")
 
-    def extended(label: str) -> AbstractContextManager[Any]:
+    def apply(label: str) -> AbstractContextManager[Any]:
         method = comparison.methods[label]
         return patched(comparison.model, method, replace=comparison.replace)
 
     settings = comparison.settings()
-    _check(comparison)
+    _require_room(comparison)
     for label in comparison.methods:
-        with extended(label):
-            pass  # every method is known to work before the first is measured
-    return _run(comparison, settings, extended, output, on_progress, max_minutes)
+        with apply(label):
+            pass  # fail now rather than after hours
+    return _run(comparison, settings, apply, output, on_progress, max_minutes)
 
 
 def evaluate(
@@ -182,67 +193,62 @@ def evaluate(
 
     Args:
         model: A causal language model.
-        tokenizer: Its tokenizer.
+        tokenizer: The model's tokenizer.
         tasks: Names with options, such as ``"rope_needle:depths=[0,1]"``.
-        lengths: In tokens, or times the trained length: ``"2x"``.
+        lengths: Context lengths in tokens, or relative to the trained length: ``"2x"``.
         text: Text for perplexity.
-        samples: Documents per length and depth.
-        seed: Of the documents.
-        name: What the model is called in the report.
-        beyond: Whether to measure past the length the model says it reads.
-        processor: Its processor, for tasks that show images.
+        samples: Questions per length, and per depth for tasks with depths.
+        seed: Seed for all sampling.
+        name: Name of the model in the report.
+        beyond: Whether to allow lengths beyond the model's ``max_position_embeddings``.
+        processor: The model's processor, for tasks that show images.
         output: As in `compare`.
         on_progress: As in `compare`.
         max_minutes: As in `compare`.
 
     Raises:
         RopeError: If a length is beyond ``max_position_embeddings``, a task is unknown, or the
-            output directory holds something else.
+            output directory holds other results.
     """
     patch = patch_of(model)
     method = NoScaling() if patch is None else patch.method
-    asked = Comparison(model, tokenizer, text, {}, (1,))
-    found = parse_lengths(",".join(map(str, lengths)), asked.trained)
-    config = model.config.get_text_config()  # type: ignore[union-attr, operator]
-    reads = getattr(config, "max_position_embeddings", None)
-    if reads is not None and found[-1] > reads and not beyond:
-        raise RopeError(
-            f"a length of {found[-1]} is beyond the {reads} positions this model reads; patch it "
-            f"with factor={found[-1] / asked.trained:g} or more, or pass beyond=True to see what "
-            f"happens there."
-        )
+    trained = trained_length(model)
+    tokens = {n for length in lengths for n in parse_lengths(str(length), trained)}
     comparison = Comparison(
         model=model,
         tokenizer=tokenizer,
         text=text,
         methods={method.name: method},
-        lengths=found,
+        lengths=tuple(sorted(tokens)),
         tasks=tuple(tasks),
         samples=samples,
         seed=seed,
         name=name,
         processor=processor,
     )
+    if not beyond:
+        _require_reach(model, comparison.lengths[-1], trained)
     settings = comparison.settings()
-    _check(comparison)
+    _require_room(comparison)
     return _run(comparison, settings, lambda label: nullcontext(), output, on_progress, max_minutes)
 
 
-def weights_digest(model: nn.Module) -> str:
-    """Return a hash that tells one set of weights from another."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
-        flat = tensor.detach().flatten()[:4096].to("cpu").contiguous()
-        digest.update(name.encode() + flat.view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
-
-
 class _OutOfTimeError(Exception):
-    """The time is up; unfinished cells stay unfinished."""
+    """The time limit is reached; unfinished cells stay unfinished."""
 
 
-def _check(comparison: Comparison) -> None:
-    """Raise what a cell would raise, before the first is measured."""
+def _require_reach(model: nn.Module, longest: int, trained: int) -> None:
+    config = model.config.get_text_config()  # type: ignore[union-attr, operator]
+    reach = getattr(config, "max_position_embeddings", None)
+    if reach is not None and longest > reach:
+        raise RopeError(
+            f"a length of {longest} is beyond the {reach} positions of this model; patch it with "
+            f"factor={longest / trained:g} or more, or pass beyond=True to measure it anyway."
+        )
+
+
+def _require_room(comparison: Comparison) -> None:
+    """Raise now what a cell would raise later."""
     for measure in comparison.measures.values():
         measure.check(measure.lengths(comparison.lengths))
 
@@ -250,7 +256,7 @@ def _check(comparison: Comparison) -> None:
 def _run(
     comparison: Comparison,
     settings: dict[str, Any],
-    extended: Callable[[str], AbstractContextManager[Any]],
+    apply: Callable[[str], AbstractContextManager[Any]],
     output: Path | None,
     on_progress: Progress | None,
     max_minutes: float | None,
@@ -262,24 +268,35 @@ def _run(
     steps = {cell: measures[cell.task].units(cell.length) * cell.length for cell in cells}
     total = sum(steps.values())
     finished = sum(steps[cell] for cell in cells if cell in done)
-    model = comparison.model.eval()
-    for cell in cells:
-        if cell in done:
-            continue
-        advance = _Advance(cell, finished, total, on_progress, stop)
-        size = max(TOKENS_AT_ONCE // cell.length, 1)
-        try:
-            advance(0)
-            with extended(cell.method):
-                done[cell] = measures[cell.task].measure(model, cell.length, size, advance)
-        except _OutOfTimeError:
-            break
-        finished += steps[cell]
-        if journal:
-            journal.add(cell, done[cell])
+    with evaluation_mode(comparison.model) as model:
+        for cell in cells:
+            if cell in done:
+                continue
+            advance = _Advance(cell, finished, total, on_progress, stop)
+            size = max(TOKENS_AT_ONCE // cell.length, 1)
+            try:
+                advance(0)
+                with apply(cell.method):
+                    done[cell] = measures[cell.task].run(model, cell.length, size, advance)
+            except _OutOfTimeError:
+                break
+            finished += steps[cell]
+            if journal:
+                journal.add(cell, done[cell])
     rows = [{**asdict(cell), **done[cell]} for cell in cells if cell in done]
     missing = [asdict(cell) for cell in cells if cell not in done]
     return Report(settings, environment(model), rows, missing)
+
+
+@contextmanager
+def evaluation_mode(model: nn.Module) -> Iterator[nn.Module]:
+    """Put a model into evaluation mode for the duration of a ``with`` block."""
+    modes = [(module, module.training) for module in model.modules()]
+    try:
+        yield model.eval()
+    finally:
+        for module, training in modes:
+            module.training = training
 
 
 @dataclass
@@ -289,12 +306,12 @@ class _Advance:
     cell: Cell
     done: int
     total: int
-    tell: Progress | None
+    report: Progress | None
     stop: float | None
 
     def __call__(self, samples: int) -> None:
         self.done += samples * self.cell.length
-        if self.tell and samples:
-            self.tell(self.cell, self.done, self.total)
+        if self.report and samples:
+            self.report(self.cell, self.done, self.total)
         if self.stop is not None and time.monotonic() > self.stop:
             raise _OutOfTimeError

@@ -1,4 +1,4 @@
-"""Finished cells in a file, so that a run that was stopped goes on where it was."""
+"""Keep finished cells in a file, so that an interrupted run can resume."""
 
 import json
 from dataclasses import asdict, dataclass
@@ -10,7 +10,7 @@ from hf_rope_ext.errors import RopeError
 
 @dataclass(frozen=True)
 class Cell:
-    """One measurement to make."""
+    """One measurement: a method on a task at a length."""
 
     method: str
     task: str
@@ -18,11 +18,11 @@ class Cell:
 
 
 class Journal:
-    """Finished cells, one line each, after a line of settings.
+    """A file of settings in the first line, followed by one finished cell per line.
 
     Args:
-        directory: Where ``cells.jsonl`` is kept.
-        settings: Everything the numbers depend on.
+        directory: Directory of ``cells.jsonl``.
+        settings: Everything the results depend on, as JSON data.
     """
 
     def __init__(self, directory: Path, settings: dict[str, Any]) -> None:
@@ -30,10 +30,10 @@ class Journal:
         self.settings = settings
 
     def read(self) -> dict[Cell, dict[str, Any]]:
-        """Return the cells finished earlier.
+        """Return the cells finished by earlier runs.
 
         Raises:
-            RopeError: If they belong to another comparison, or the directory cannot be used.
+            RopeError: If the settings differ, or the directory is not writable.
         """
         try:
             return self._read()
@@ -41,10 +41,10 @@ class Journal:
             raise self._unusable(error) from error
 
     def add(self, cell: Cell, result: dict[str, Any]) -> None:
-        """Keep a finished cell.
+        """Append a finished cell.
 
         Raises:
-            RopeError: If it cannot be written; cells kept earlier are whole.
+            RopeError: If it cannot be written; earlier cells are intact.
         """
         try:
             with self.path.open("a") as file:
@@ -58,30 +58,45 @@ class Journal:
             self.path.write_text(json.dumps(self.settings) + "\n")
             return {}
         first, *lines = self.path.read_text().splitlines()
-        if not self._is_own(first):
+        different = self._differences(first)
+        if different:
             raise RopeError(
-                f"{str(self.path.parent)!r} holds a comparison of something else; give another "
-                f"output directory, or remove that one."
+                f"{str(self.path.parent)!r} holds results of another comparison ({different}); "
+                f"choose another output directory, or remove that one."
             )
         cells = {}
         for number, line in enumerate(lines):
             try:
                 entry = json.loads(line)
-            except json.JSONDecodeError:  # cut off while it was written: measured again
+            except json.JSONDecodeError:  # truncated by an interruption: measure it again
                 kept = [first, *lines[:number]]
-                self.path.write_text("".join(f"{whole}\n" for whole in kept))
+                self.path.write_text("".join(f"{complete}\n" for complete in kept))
                 break
             cells[Cell(**entry["cell"])] = entry["result"]
         return cells
 
-    def _is_own(self, line: str) -> bool:
+    def _differences(self, line: str) -> str:
+        """Return in words how stored settings differ; empty if they do not."""
         try:
-            return bool(json.loads(line) == self.settings)
+            stored = json.loads(line)
         except json.JSONDecodeError:
-            return False
+            return "unreadable settings"
+        names = _different(stored, self.settings)
+        return f"different {', '.join(names)}" if names else ""
 
     def _unusable(self, error: OSError) -> RopeError:
         return RopeError(
             f"cannot write {str(self.path)!r}: {error.strerror or error}. Finished cells are kept; "
-            f"make room or give another output directory, and call again."
+            f"free some space or choose another output directory, and run again."
         )
+
+
+def _different(stored: Any, settings: dict[str, Any]) -> list[str]:
+    """Return the names of the settings that differ, those of the model as ``model.dtype``."""
+    stored = stored if isinstance(stored, dict) else {}
+    names = [name for name in settings if stored.get(name) != settings[name]]
+    names += [name for name in stored if name not in settings]
+    if "model" in names and isinstance(stored.get("model"), dict):
+        names.remove("model")
+        names += [f"model.{name}" for name in _different(stored["model"], settings["model"])]
+    return names

@@ -1,4 +1,4 @@
-"""A report as one HTML page that needs no network; needs jinja2."""
+"""Render a report as a self-contained HTML page; needs jinja2."""
 
 import json
 import math
@@ -13,11 +13,11 @@ from hf_rope_ext.evals.report import Report
 WIDTH, HEIGHT, LEFT, BOTTOM, TOP, RIGHT = 640, 300, 58, 38, 14, 16
 NOTHING = {"text": "-", "level": None, "hint": "not measured"}
 WORST_RATIO = 4.0
-"""A perplexity this many times the best of the table gets the palest colour."""
+"""Perplexities this many times the best one in the table get the palest color."""
 
 
 def render(report: Report) -> str:
-    """Return the page."""
+    """Return the page as HTML."""
     sections = [_section(report, task) for task in report.tasks]
     page: str = _template().render(
         report=report,
@@ -41,11 +41,9 @@ def _template() -> Any:
 
 def _section(report: Report, task: str) -> dict[str, Any]:
     lengths = report.lengths(task)
-    measured = [v for m in report.methods for v in report.scores(m, task).values()]
-    best = min(measured, default=1.0)
-    rows = [
-        [_cell(report, method, task, one, best) for one in lengths] for method in report.methods
-    ]
+    values = [v for m in report.methods for v in report.scores(m, task).values()]
+    best = min(values, default=1.0)
+    rows = [[_cell(report, method, task, n, best) for n in lengths] for method in report.methods]
     maps = [
         {
             "method": method,
@@ -64,7 +62,7 @@ def _section(report: Report, task: str) -> dict[str, Any]:
         "edge": sum(length <= report.trained for length in lengths),
         "rows": list(zip(report.methods, rows, strict=True)),
         "maps": maps if report.depths(task) else [],
-        "chart": _chart(report, task) if measured and len(lengths) > 1 else None,
+        "chart": _chart(report, task) if values and len(lengths) > 1 else None,
     }
 
 
@@ -91,7 +89,7 @@ def _spot(report: Report, method: str, task: str, length: int, depth: float) -> 
 
 
 def _chart(report: Report, task: str) -> dict[str, Any]:
-    """Return lines over the logarithm of the length, in SVG coordinates."""
+    """Return the lines of a chart over log length, in SVG coordinates."""
     lengths = report.lengths(task)
     score = report.is_score(task)
     values = [v for m in report.methods for v in report.scores(m, task).values()]
@@ -126,13 +124,13 @@ def _chart(report: Report, task: str) -> dict[str, Any]:
 
 
 def _marks(low: float, high: float) -> list[float]:
-    """Return round numbers within a range, for a logarithmic axis."""
-    every = [
+    """Return round numbers in a range, for a logarithmic axis."""
+    candidates = [
         digit * 10.0**power
         for power in range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
         for digit in (1, 1.5, 2, 3, 5, 7)
     ]
-    inside = [mark for mark in every if low <= mark <= high]
+    inside = [mark for mark in candidates if low <= mark <= high]
     if len(inside) < 2:
         return [float(f"{low:.3g}"), float(f"{high:.3g}")]
     return inside[:: max(len(inside) // 6, 1)]

@@ -1,17 +1,20 @@
-"""Perplexity by context length: which windows of a text are run, and which tokens are scored."""
+"""Perplexity by context length: the windows of text to run, and the tokens scored in each."""
 
 import math
 from collections import defaultdict
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
+from hf_rope_ext.checks import require_choice, require_integer, require_number
 from hf_rope_ext.errors import RopeError
+from hf_rope_ext.evals.bench import Advance, Bench
 from hf_rope_ext.evals.scoring import score_last
+from hf_rope_ext.evals.tasks.base import TextTask
 from hf_rope_ext.evals.text import require_tokens
 
 Mode = Literal["last_block", "sliding", "disjoint", "truncate"]
@@ -20,114 +23,118 @@ MODES: tuple[Mode, ...] = ("last_block", "sliding", "disjoint", "truncate")
 
 @dataclass(frozen=True)
 class Window:
-    """Tokens ``begin`` to ``end`` of a text, of which those from ``scored`` on are scored."""
+    """Tokens ``begin`` to ``end`` of a text, scored from ``scored`` on."""
 
     begin: int
     end: int
     scored: int
 
 
-@dataclass(frozen=True)
-class PerplexityTask:
-    """Perplexity of a text, each token given what stands before it in its window.
+@dataclass(frozen=True, kw_only=True)
+class Perplexity(TextTask):
+    """Perplexity of the same tokens at every length, in the first ``tokens`` tokens of the text.
 
     ``last_block`` scores the same tokens at every length, at the end of windows that end at the
-    same places: a model that uses the longer context finds them more likely. ``sliding`` scores
-    every token of the text, ``stride`` at a time, with at least ``length - stride`` tokens before
-    it (Press et al., 2022, arXiv:2108.12409; PI and YaRN use stride 256). ``disjoint`` cuts the
-    text into blocks, the stride being the length. Where there is no prefix, the first token of a
-    window is its context. ``truncate`` scores all tokens of windows that begin at the same places
-    (YaRN's figure 1).
+    same positions: a model that uses the longer context assigns them a higher probability.
+    ``sliding`` scores every token of the text, ``stride`` at a time, each with at least ``length -
+    stride`` tokens of context (Press et al., 2022, arXiv:2108.12409; PI and YaRN use stride 256).
+    ``disjoint`` cuts the text into blocks, so the stride is the length. Without a prefix, the first
+    token of a window is context only. ``truncate`` scores all tokens of windows that begin at the
+    same positions (YaRN, figure 1).
 
     Args:
-        ids: Tokens of a text, ``(tokens,)``.
-        longest: The longest length that will be asked for, in tokens.
-        windows: How many places, spread evenly over the text (``last_block`` and ``truncate``).
-        targets: Scored tokens at the end of each window (``last_block``).
-        prefix: Tokens put before each window, such as the beginning-of-text token.
-        mode: Which windows.
-        stride: Tokens that each further window scores (``sliding``).
+        mode: Which windows to run.
+        windows: Number of windows, spread evenly over the text (``last_block`` and ``truncate``).
+            None for `Bench.windows`; likewise for ``targets``.
+        targets: Tokens scored at the end of each window (``last_block``).
+        stride: New tokens scored per window (``sliding``).
+        tokens: Use only the first tokens of the text; None for all.
     """
 
-    ids: Tensor
-    longest: int
-    windows: int = 32
-    targets: int = 64
-    prefix: tuple[int, ...] = ()
-    mode: Mode = "last_block"
-    stride: int = 256
-
-    name = "perplexity"
     metric = "perplexity"
 
-    def __post_init__(self) -> None:
+    mode: Mode = "last_block"
+    windows: int | None = None
+    targets: int | None = None
+    stride: int = 256
+    tokens: int | None = None
+
+    def check(self) -> None:
+        """Check the options."""
+        require_choice("mode", self.mode, MODES)
+        for option in ("windows", "targets", "stride", "tokens"):
+            if getattr(self, option) is not None:
+                require_integer(option, getattr(self, option), 1)
+
+    def longest(self, bench: Bench) -> int:
+        """Return the longest context length of all cells."""
+        return bench.longest
+
+    def ids(self, bench: Bench) -> Tensor:
+        """Return the tokens of the text, ``(tokens,)``."""
+        return bench.ids[: self.tokens]
+
+    def require_text(self, bench: Bench) -> None:
         """Check that the text is long enough."""
-        if self.mode not in MODES:
-            raise RopeError(f"mode must be one of {', '.join(MODES)}, got {self.mode!r}.")
-        for knob in ("windows", "targets", "stride"):
-            value = getattr(self, knob)
-            if not isinstance(value, int) or value < 1:
-                raise RopeError(f"{knob} must be a whole number of at least 1, got {value!r}.")
-        require_tokens(self.ids, self.longest, f"a length of {self.longest}")
+        longest = self.longest(bench)
+        require_tokens(self.ids(bench), longest, f"a length of {longest}")
 
-    def ends(self) -> list[int]:
-        """Return where the windows of ``last_block`` end, the same at every length."""
-        return _spread(self.longest, len(self.ids), self.windows)
+    def ends(self, bench: Bench) -> list[int]:
+        """Return the ends of the ``last_block`` windows, the same at every length."""
+        return _spread(self.longest(bench), len(self.ids(bench)), self.windows or bench.windows)
 
-    def cut(self, length: int) -> list[Window]:
-        """Return the windows of one length.
+    def cut(self, bench: Bench, length: int) -> list[Window]:
+        """Return the windows for one length.
 
         Raises:
             RopeError: If the length leaves no context before the scored tokens.
         """
-        body = length - len(self.prefix)
-        # without a prefix there is nothing before the first token to predict it from
-        blind = 0 if self.prefix else 1
+        body = length - len(bench.prefix)
+        # without a prefix, nothing precedes the first token, so it cannot be predicted
+        unscored = 0 if bench.prefix else 1
         if self.mode == "last_block":
-            if length <= self.targets + len(self.prefix):
+            targets = self.targets or bench.targets
+            if length <= targets + len(bench.prefix):
                 raise RopeError(
-                    f"a length of {length} leaves no context before {self.targets} scored tokens."
+                    f"a length of {length} leaves no context before {targets} scored tokens."
                 )
-            return [Window(end - body, end, end - self.targets) for end in self.ends()]
-        if body <= blind:
+            return [Window(end - body, end, end - targets) for end in self.ends(bench)]
+        if body <= unscored:
             raise RopeError(f"a length of {length} leaves no token to score.")
+        count = len(self.ids(bench))
         if self.mode == "truncate":
-            begins = _spread(0, len(self.ids) - self.longest, self.windows)
-            return [Window(begin, begin + body, begin + blind) for begin in begins]
-        stride = body - blind if self.mode == "disjoint" else self.stride
-        if stride > body - blind:
+            last = count - self.longest(bench)
+            begins = _spread(0, last, self.windows or bench.windows)
+            return [Window(begin, begin + body, begin + unscored) for begin in begins]
+        stride = body - unscored if self.mode == "disjoint" else self.stride
+        if stride > body - unscored:
             raise RopeError(
-                f"a stride of {stride} does not fit in windows of {body - blind} tokens after "
-                f"the first; give a smaller stride or longer lengths."
+                f"a stride of {stride} does not fit in windows of {body - unscored} tokens after "
+                f"the first; use a smaller stride or longer lengths."
             )
-        ends = [*range(body, len(self.ids), stride), len(self.ids)]
+        ends = [*range(body, count, stride), count]
         later = [Window(end - body, end, before) for before, end in pairwise(ends)]
-        return [Window(0, body, blind), *later]
+        return [Window(0, body, unscored), *later]
 
-    def units(self, length: int) -> int:
-        """Return how many windows a length takes."""
-        return len(self.cut(length))
-
-    def batches(self, length: int, size: int) -> Iterator[Tensor]:
-        """Yield windows of ``length`` tokens, ``(batch, length)``, ``size`` at most at a time."""
-        for rows, _ in self._batches(length, size):
-            yield rows
+    def units(self, bench: Bench, length: int) -> int:
+        """Return the number of windows per cell."""
+        return len(self.cut(bench, length))
 
     def measure(
-        self, model: nn.Module, length: int, size: int, advance: Callable[[int], None]
+        self, bench: Bench, model: nn.Module, length: int, size: int, advance: Advance
     ) -> dict[str, Any]:
         """Return the perplexity at a length.
 
-        ``perplexity`` weights every token alike; ``yarn_compat`` is the exponential of the mean of
-        the windows' means, as YaRN's script computes it. ``buckets`` hold the mean by the number
-        of tokens before the scored one, in powers of two.
+        ``perplexity`` weights all tokens equally; ``yarn_compat`` is the exponential of the mean of
+        per-window means, as YaRN's script computes it. ``buckets`` holds mean losses by the number
+        of preceding tokens, in powers of two.
 
         Raises:
-            RopeError: If the length leaves no room for the targets.
+            RopeError: If the length leaves no context before the scored tokens.
         """
         sums: dict[int, list[float]] = defaultdict(lambda: [0.0, 0])
         means: list[float] = []
-        for rows, targets in self._batches(length, size):
+        for rows, targets in self.batches(bench, length, size):
             losses = -score_last(model, rows, targets).log_probs
             means += losses.mean(dim=1).tolist()
             first = rows.shape[1] - targets
@@ -136,7 +143,7 @@ class PerplexityTask:
                 sums[bucket][0] += float(part.sum())
                 sums[bucket][1] += part.numel()
             advance(len(rows))
-        total, count = (sum(one[part] for one in sums.values()) for part in (0, 1))
+        total, count = (sum(bucket[part] for bucket in sums.values()) for part in (0, 1))
         nll = total / count
         return {
             "perplexity": _exp(nll),
@@ -149,112 +156,162 @@ class PerplexityTask:
             ],
         }
 
-    def _batches(self, length: int, size: int) -> Iterator[tuple[Tensor, int]]:
-        start = torch.tensor(self.prefix, dtype=torch.int64)
-        alike: dict[int, list[Tensor]] = {}
-        for window in self.cut(length):
-            row = torch.cat((start, self.ids[window.begin : window.end]))
-            alike.setdefault(window.end - window.scored, []).append(row)
-        for targets, rows in alike.items():
+    def batches(self, bench: Bench, length: int, size: int) -> Iterator[tuple[Tensor, int]]:
+        """Yield windows of one length, ``(batch, seq)``, and how many tokens to score in each."""
+        ids = self.ids(bench)
+        start = torch.tensor(bench.prefix, dtype=torch.int64)
+        groups: dict[int, list[Tensor]] = {}
+        for window in self.cut(bench, length):
+            row = torch.cat((start, ids[window.begin : window.end]))
+            groups.setdefault(window.end - window.scored, []).append(row)
+        for targets, rows in groups.items():
             for first in range(0, len(rows), size):
                 yield torch.stack(rows[first : first + size]), targets
 
 
-@dataclass(frozen=True)
-class LongPerplexityTask:
+@dataclass(frozen=True, kw_only=True)
+class SlidingPerplexity(Perplexity):
+    """Perplexity over sliding windows of the text, by default of four times the longest length."""
+
+    mode: Mode = "sliding"
+
+    def ids(self, bench: Bench) -> Tensor:
+        """Return the tokens of the text, ``(tokens,)``."""
+        return bench.ids[: self.tokens or 4 * bench.longest]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShortPerplexity(Perplexity):
+    """Perplexity of ordinary text at the trained length: the cost where no extension is needed."""
+
+    mode: Mode = field(default="truncate", init=False)
+    targets: int | None = field(default=None, init=False)
+    stride: int = field(default=256, init=False)
+    tokens: int | None = field(default=None, init=False)
+
+    def longest(self, bench: Bench) -> int:
+        """Return the trained length."""
+        return bench.trained
+
+    def lengths(self, bench: Bench, requested: tuple[int, ...]) -> tuple[int, ...]:
+        """Return the trained length."""
+        return (bench.trained,)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LongPerplexity(TextTask):
     """LongPPL: perplexity of the tokens that need the long context (arXiv:2410.23771).
 
-    A token is one of them if the long context makes it likelier than a short one by more than
-    ``alpha``, in nats, and its log-probability is above ``beta``.
+    These key tokens gain more than ``alpha`` nats in log-probability from the long context over a
+    short one, and have a log-probability above ``beta``.
 
     Args:
-        ids: Tokens of a text, ``(tokens,)``.
-        longest: The longest length that will be asked for, in tokens.
-        short: Tokens of the short context.
-        windows: How many places, spread evenly over the text.
-        prefix: Tokens put before each window.
-        alpha: Least gain in log-probability.
-        beta: Least log-probability under the long context.
-        evaluator: The model that picks the tokens; the measured one picks its own if not given.
+        short: Length of the short context; None for half the trained length.
+        windows: Number of windows, spread evenly over the text.
+        alpha: Minimum gain in log-probability.
+        beta: Minimum log-probability under the long context.
+        evaluator: Model that selects the key tokens; None for the measured model itself.
     """
 
-    ids: Tensor
-    longest: int
-    short: int
+    metric = "longppl"
+
+    short: int | None = None
     windows: int = 8
-    prefix: tuple[int, ...] = ()
     alpha: float = 2.0
     beta: float = -2.0
     evaluator: nn.Module | None = None
 
-    name = "longppl"
-    metric = "longppl"
+    def check(self) -> None:
+        """Check the options."""
+        require_integer("windows", self.windows, 1)
+        require_number("alpha", self.alpha)
+        require_number("beta", self.beta)
+        if self.evaluator is not None and not isinstance(self.evaluator, nn.Module):
+            raise RopeError(f"evaluator must be a model in memory, got {self.evaluator!r}.")
 
-    def __post_init__(self) -> None:
+    def require_text(self, bench: Bench) -> None:
         """Check that text and short context are long enough."""
-        require_tokens(self.ids, self.longest, f"a length of {self.longest}")
-        if not 8 + len(self.prefix) <= self.short < self.longest:
+        require_tokens(bench.ids, bench.longest, f"a length of {bench.longest}")
+        least = 8 + len(bench.prefix)
+        short = self._short_length(bench)
+        if not isinstance(short, int) or not least <= short < bench.longest:
             raise RopeError(
-                f"short must be from {8 + len(self.prefix)} to less than the longest length "
-                f"{self.longest}, got {self.short!r}."
+                f"short must be from {least} to less than the longest length "
+                f"{bench.longest}, got {short!r}."
             )
 
-    def units(self, length: int) -> int:
-        """Return how many windows a length takes."""
-        return len(_spread(0, len(self.ids) - self.longest, self.windows))
+    def units(self, bench: Bench, length: int) -> int:
+        """Return the number of windows per cell."""
+        return len(self._begins(bench))
 
     def measure(
-        self, model: nn.Module, length: int, size: int, advance: Callable[[int], None]
+        self, bench: Bench, model: nn.Module, length: int, size: int, advance: Advance
     ) -> dict[str, Any]:
-        """Return LongPPL at a length, None where no token needs the long context."""
+        """Return LongPPL at a length; None if there are no key tokens."""
         evaluator = self.evaluator or model
+        short = self._short_length(bench)
         losses: list[float] = []
         scored = 0
-        for begin in _spread(0, len(self.ids) - self.longest, self.windows):
-            window = self.ids[begin : begin + length - len(self.prefix)]
-            if length > self.short:
-                targets = length - self.short
-                own = self._long(model, window, targets)
-                judged = own if evaluator is model else self._long(evaluator, window, targets)
-                batch = max(size * length // self.short, 1)
-                gain = judged - self._short(evaluator, window, targets, batch)
+        for begin in self._begins(bench):
+            window = bench.ids[begin : begin + length - len(bench.prefix)]
+            if length > short:
+                targets = length - short
+                measured = _long(bench, model, window, targets)
+                judged = (
+                    measured if evaluator is model else _long(bench, evaluator, window, targets)
+                )
+                batch = max(size * length // short, 1)
+                gain = judged - _short(bench, evaluator, window, targets, short, batch)
                 chosen = (gain > self.alpha) & (judged > self.beta)
-                losses += (-own[chosen]).tolist()
+                losses += (-measured[chosen]).tolist()
                 scored += targets
             advance(1)
         nll = sum(losses) / len(losses) if losses else None
-        found = None if nll is None else _exp(nll)
-        return {"longppl": found, "nll": nll, "key_tokens": len(losses), "tokens": scored}
+        longppl = None if nll is None else _exp(nll)
+        return {"longppl": longppl, "nll": nll, "key_tokens": len(losses), "tokens": scored}
 
-    def _long(self, model: nn.Module, window: Tensor, targets: int) -> Tensor:
-        return score_last(model, self._row(window)[None], targets).log_probs[0]
+    def _begins(self, bench: Bench) -> list[int]:
+        return _spread(0, len(bench.ids) - bench.longest, self.windows)
 
-    def _short(self, model: nn.Module, window: Tensor, targets: int, size: int) -> Tensor:
-        """Return the log-probabilities of the last tokens given the short context only."""
-        body = self.short - len(self.prefix)
-        step = max(body // 4, 1)
-        ends = [*range(len(window) - targets, len(window), step), len(window)]
-        *full, (done, last) = pairwise(ends)
-        found = []
-        for first in range(0, len(full), size):
-            rows = [self._row(window[end - body : end]) for _, end in full[first : first + size]]
-            found.append(score_last(model, torch.stack(rows), step).log_probs.flatten())
-        row = self._row(window[last - body : last])
-        found.append(score_last(model, row[None], last - done).log_probs[0])
-        return torch.cat(found)
+    def _short_length(self, bench: Bench) -> int:
+        return max(bench.trained // 2, 8) if self.short is None else self.short
 
-    def _row(self, body: Tensor) -> Tensor:
-        return torch.cat((torch.tensor(self.prefix, dtype=torch.int64), body))
+
+def _long(bench: Bench, model: nn.Module, window: Tensor, targets: int) -> Tensor:
+    """Return the log-probabilities of the last tokens given the whole window."""
+    return score_last(model, _row(bench, window)[None], targets).log_probs[0]
+
+
+def _short(
+    bench: Bench, model: nn.Module, window: Tensor, targets: int, short: int, size: int
+) -> Tensor:
+    """Return the log-probabilities of the last tokens given the short context only."""
+    body = short - len(bench.prefix)
+    # one forward scores a quarter of the short context, so contexts vary by that much
+    step = max(body // 4, 1)
+    ends = [*range(len(window) - targets, len(window), step), len(window)]
+    *full, (done, last) = pairwise(ends)
+    parts = []
+    for first in range(0, len(full), size):
+        rows = [_row(bench, window[end - body : end]) for _, end in full[first : first + size]]
+        parts.append(score_last(model, torch.stack(rows), step).log_probs.flatten())
+    row = _row(bench, window[last - body : last])
+    parts.append(score_last(model, row[None], last - done).log_probs[0])
+    return torch.cat(parts)
+
+
+def _row(bench: Bench, body: Tensor) -> Tensor:
+    return torch.cat((torch.tensor(bench.prefix, dtype=torch.int64), body))
 
 
 def _spread(first: int, last: int, count: int) -> list[int]:
-    """Return up to ``count`` different places, evenly from first to last."""
-    places = torch.linspace(first, last, count, dtype=torch.float64)
-    return sorted(set(places.round().long().tolist()))
+    """Return up to ``count`` distinct positions, evenly spaced from first to last."""
+    positions = torch.linspace(first, last, count, dtype=torch.float64)
+    return sorted(set(positions.round().long().tolist()))
 
 
 def _buckets(first: int, end: int) -> Iterator[tuple[int, int, int]]:
-    """Yield the powers of two that positions fall under, with the positions of each."""
+    """Yield each power of two among the positions, with the range of positions it covers."""
     start = first
     while start < end:
         bucket = 1 << (start.bit_length() - 1) if start else 0

@@ -1,8 +1,8 @@
-"""Score given tokens in one forward, without keeping the logits of all positions.
+"""Score given tokens in one forward pass, without materializing the logits of all positions.
 
-Logits of a whole sequence take length x vocabulary numbers: 74 GiB for 128k tokens of a vocabulary
-of 150k. Here the hidden states are made once, and the model's own ``forward`` makes logits of a few
-positions at a time from them, so whatever a family does to its logits is done.
+The logits of a sequence take length x vocabulary numbers: 74 GiB for 128k tokens and a vocabulary
+of 150k. Here hidden states are computed once, and the model's own ``forward`` turns them into
+logits a few positions at a time, so that any model-specific processing of logits still applies.
 """
 
 import inspect
@@ -14,16 +14,16 @@ import torch
 from torch import Tensor, nn
 
 LOGITS_AT_ONCE = 1 << 23
-"""Numbers in one piece of logits at most: 32 MiB of float32."""
+"""Maximum number of logits per chunk: 32 MiB in float32."""
 
 
 @dataclass(frozen=True, eq=False)
 class Scores:
-    """How a model rates given tokens.
+    """A model's scores of given tokens.
 
     Args:
-        log_probs: Natural log-probability of each, float64, on the CPU.
-        greedy: Whether each is the most likely token, bool, on the CPU.
+        log_probs: Natural log-probabilities, float64, on the CPU.
+        greedy: Whether each token is the most likely one, bool, on the CPU.
     """
 
     log_probs: Tensor
@@ -38,16 +38,16 @@ def score_last(
     Args:
         model: A causal language model.
         input_ids: ``(batch, seq)``.
-        targets: How many tokens at the end of each row are scored, less than ``seq``.
+        targets: Number of tokens at the end of each row to score, less than ``seq``.
         chunk: As in `score_tokens`.
         **inputs: As in `score_tokens`.
     """
     batch, length = input_ids.shape
-    places = torch.arange(length - targets - 1, length - 1)
-    where = torch.cartesian_prod(torch.arange(batch), places)
+    positions = torch.arange(length - targets - 1, length - 1)
+    where = torch.cartesian_prod(torch.arange(batch), positions)
     wanted = input_ids[:, -targets:].flatten()
-    found = score_tokens(model, input_ids, where, wanted, chunk=chunk, **inputs)
-    return Scores(found.log_probs.view(batch, targets), found.greedy.view(batch, targets))
+    scores = score_tokens(model, input_ids, where, wanted, chunk=chunk, **inputs)
+    return Scores(scores.log_probs.view(batch, targets), scores.greedy.view(batch, targets))
 
 
 @torch.inference_mode()
@@ -61,21 +61,20 @@ def score_tokens(
     dtype: torch.dtype = torch.float32,
     **inputs: Any,
 ) -> Scores:
-    """Return the scores of tokens, each after the input that ends at a place, ``(targets,)``.
+    """Return the scores of tokens, each following a given position, ``(targets,)``.
 
     Args:
-        model: A causal language model, or one around it, such as a PEFT model.
-        input_ids: ``(batch, seq)``. Padding may follow a row.
-        where: Row and position after which each target stands, ``(targets, 2)``.
+        model: A causal language model, or a wrapper such as a PEFT model.
+        input_ids: ``(batch, seq)``; rows may be padded at the end.
+        where: Row and position that each target follows, ``(targets, 2)``.
         targets: Token ids, ``(targets,)``.
-        chunk: Positions whose logits are made at a time; chosen by the size of the vocabulary if
-            not given.
-        dtype: The softmax is computed in.
-        **inputs: What else the model is called with, such as images.
+        chunk: Number of positions per chunk of logits; None to derive it from the vocabulary size.
+        dtype: Dtype of the softmax.
+        **inputs: Further inputs of the model, such as images.
     """
     ids = input_ids.to(next(model.parameters()).device)
     pieces = [
-        _rated(logits.to(dtype), targets[start : start + len(logits)].to(logits.device))
+        _score_logits(logits.to(dtype), targets[start : start + len(logits)].to(logits.device))
         for start, logits in _logits(model, ids, where, chunk, inputs)
     ]
     log_probs, greedy = zip(*pieces, strict=True)
@@ -83,39 +82,39 @@ def score_tokens(
 
 
 def keeps_logits(model: nn.Module) -> bool:
-    """Return whether a model can be asked for the logits of some positions only."""
+    """Return whether a model can compute the logits of the last positions only."""
     return "logits_to_keep" in inspect.signature(type(_causal(model)).forward).parameters
 
 
-def _rated(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """Return log-probability and whether it is the largest, both on the CPU."""
+def _score_logits(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """Return log-probabilities and whether each is the largest, on the CPU."""
     chosen = logits.gather(-1, targets[:, None])[:, 0]
-    # log_softmax would be as large as the logits
-    found = chosen.double() - logits.logsumexp(dim=-1).double()
-    return found.cpu(), (logits.argmax(dim=-1) == targets).cpu()
+    # log_softmax would allocate another tensor the size of the logits
+    log_probs = chosen.double() - logits.logsumexp(dim=-1).double()
+    return log_probs.cpu(), (logits.argmax(dim=-1) == targets).cpu()
 
 
 def _logits(
     model: nn.Module, ids: Tensor, where: Tensor, chunk: int | None, inputs: dict[str, Any]
 ) -> Iterator[tuple[int, Tensor]]:
-    """Yield the number of the first place of a piece, and its logits, ``(places, vocabulary)``."""
-    rows, places = where.unbind(dim=1)
+    """Yield the index of the first position of a chunk, and its logits, ``(chunk, vocabulary)``."""
+    rows, positions = where.unbind(dim=1)
     if not keeps_logits(model):
-        yield 0, model(input_ids=ids, use_cache=False, **inputs).logits[rows, places]
+        yield 0, model(input_ids=ids, use_cache=False, **inputs).logits[rows, positions]
         return
     causal = _causal(model)
-    first = int(places.min())
+    first = int(positions.min())
     kept = ids.shape[1] - first
     size = chunk or _chunk(causal)
     decoded = _decode(model, causal, ids, inputs) if kept * len(ids) > size else None
     if decoded is None:
-        found = model(input_ids=ids, use_cache=False, logits_to_keep=kept, **inputs)
-        yield 0, found.logits[rows, places - first]
+        output = model(input_ids=ids, use_cache=False, logits_to_keep=kept, **inputs)
+        yield 0, output.logits[rows, positions - first]
         return
     hidden = decoded[1].last_hidden_state
     for start in range(0, len(where), size):
-        piece = slice(start, start + size)
-        decoded[1].last_hidden_state = hidden[rows[piece], places[piece]][None]
+        part = slice(start, start + size)
+        decoded[1].last_hidden_state = hidden[rows[part], positions[part]][None]
         yield start, _head(causal, *decoded, ids)
 
 
@@ -128,16 +127,16 @@ def _chunk(causal: Any) -> int:
 def _decode(
     model: nn.Module, causal: Any, ids: Tensor, inputs: dict[str, Any]
 ) -> tuple[nn.Module, Any] | None:
-    """Run a model and return the part of it whose hidden states its head reads, and its output.
+    """Run a model; return the submodule that feeds its head, and that submodule's output.
 
-    None where no part returns them as such.
+    None if no submodule returns hidden states.
     """
-    found: list[tuple[nn.Module, Any]] = []
+    outputs: list[tuple[nn.Module, Any]] = []
 
     def keep(part: nn.Module, args: Any, output: Any) -> None:
         hidden = getattr(output, "last_hidden_state", None)
         if isinstance(hidden, Tensor) and hidden.shape[:2] == ids.shape:
-            found.append((part, output))
+            outputs.append((part, output))
 
     handles = [part.register_forward_hook(keep) for part in causal.children()]
     try:
@@ -145,43 +144,43 @@ def _decode(
     finally:
         for handle in handles:
             handle.remove()
-    return found[-1] if found else None
+    return outputs[-1] if outputs else None
 
 
 def _head(causal: Any, decoder: nn.Module, output: Any, ids: Tensor) -> Tensor:
-    """Return what the model's forward makes of its decoder's output, ``(places, vocabulary)``."""
+    """Return the logits that a model makes of its decoder's output, ``(chunk, vocabulary)``."""
     stand_in = _WithDecoded(causal, decoder, output)
-    found = type(causal).forward(stand_in, input_ids=ids, use_cache=False)
-    return found.logits[0]  # type: ignore[no-any-return]
+    output = type(causal).forward(stand_in, input_ids=ids, use_cache=False)
+    return output.logits[0]  # type: ignore[no-any-return]
 
 
 class _WithDecoded:
-    """What a model's forward takes for ``self``: its decoder is done, the rest is the model's."""
+    """Stands in for ``self`` in a model's forward: the model, except that its decoder has run."""
 
     def __init__(self, causal: nn.Module, decoder: nn.Module, output: Any) -> None:
-        # under names that no model has
-        self.__dict__.update(_undecoded=causal, _done=decoder, _decoded=output)
+        # attribute names that no model uses
+        self.__dict__.update(_model=causal, _replaced=decoder, _decoded=output)
 
     def __getattr__(self, name: str) -> Any:
-        found = getattr(self._undecoded, name)
-        return _Done(found, self._decoded) if found is self._done else found
+        value = getattr(self._model, name)
+        return _Decoder(value, self._decoded) if value is self._replaced else value
 
 
-class _Done:
-    """What stands for a decoder that has run: called, it returns its output again."""
+class _Decoder:
+    """Stands in for a decoder that has already run: calling it returns its output."""
 
     def __init__(self, decoder: nn.Module, output: Any) -> None:
-        self.__dict__.update(_done=decoder, _decoded=output)
+        self.__dict__.update(_replaced=decoder, _decoded=output)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self._decoded
 
     def __getattr__(self, name: str) -> Any:
-        return getattr(self._done, name)
+        return getattr(self._replaced, name)
 
 
 def _causal(model: nn.Module) -> Any:
-    """Return the transformers model inside, the outermost one."""
+    """Return the outermost transformers model inside a module."""
     return next((part for part in model.modules() if isinstance(part, _pretrained())), model)
 
 

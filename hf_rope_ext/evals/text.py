@@ -1,4 +1,4 @@
-"""Long text as tokens."""
+"""Read and tokenize text."""
 
 from pathlib import Path
 from typing import Any
@@ -10,7 +10,7 @@ from hf_rope_ext.errors import RopeError
 
 
 def read_text(path: Path) -> str:
-    """Return the text of a file.
+    """Return the content of a text file.
 
     Raises:
         RopeError: If it cannot be read, is not UTF-8, or is empty.
@@ -25,50 +25,49 @@ def read_text(path: Path) -> str:
 
 
 def tokenize(tokenizer: Any, text: str) -> Tensor:
-    """Return the tokens of a text without special ones, int64, shape ``(tokens,)``."""
-    # pieces are joined in what follows, so the tokenizer's length limit says nothing here
+    """Return the tokens of a text without special tokens, int64, ``(tokens,)``."""
+    # only windows of the text are run, so the tokenizer's length warning does not apply
     ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
     return torch.tensor(ids, dtype=torch.int64)
 
 
 def require_tokens(ids: Tensor, needed: int, what: str) -> None:
-    """Check that a text is long enough.
+    """Check that a text has enough tokens.
 
     Raises:
-        RopeError: If it is not.
+        RopeError: If it has fewer than ``needed``.
     """
     if len(ids) < needed:
         raise RopeError(
-            f"the text has {len(ids)} tokens, but {what} needs {needed}; give a longer text or "
+            f"the text has {len(ids)} tokens, but {what} needs {needed}; use a longer text or "
             f"shorter lengths."
         )
 
 
 def encode(tokenizer: Any, text: str) -> list[int]:
-    """Return the tokens of a prompt with the special ones the tokenizer puts around a text."""
+    """Return the tokens of a prompt, including special tokens that the tokenizer adds."""
     ids: list[int] = tokenizer(text, verbose=False)["input_ids"]
     return ids
 
 
 def require_answer(tokenizer: Any, answer: str, name: str) -> None:
-    """Check that a tokenizer can write an answer.
+    """Check that a tokenizer can encode an answer.
 
     Raises:
-        RopeError: If it has no tokens for it, so that no model could be right, or all would be.
+        RopeError: If it cannot, so that either no model or every model would be right.
     """
     ids = tokenizer(answer, add_special_tokens=False, verbose=False)["input_ids"]
     if not ids or (tokenizer.unk_token_id is not None and tokenizer.unk_token_id in ids):
         raise RopeError(
-            f"{name}: this tokenizer has no tokens for the answer {answer!r}, so no model with it "
-            f"can be scored; leave the task out."
+            f"{name}: this tokenizer has no tokens for the answer {answer!r}, so its models cannot "
+            f"be scored; omit the task."
         )
 
 
 def encode_pair(tokenizer: Any, context: str, target: str) -> tuple[list[int], int]:
-    """Return the tokens of context and target together, and how many of them are the target.
+    """Return the tokens of context and target together, and the number of target tokens.
 
-    White space at the context's end counts to the target, as tokenizers put it before a word.
+    Whitespace at the end of the context counts as target: tokenizers attach it to the next word.
     """
-    kept = context.rstrip()
-    whole = encode(tokenizer, context + target)
-    return whole, len(whole) - len(encode(tokenizer, kept))
+    ids = encode(tokenizer, context + target)
+    return ids, len(ids) - len(encode(tokenizer, context.rstrip()))

@@ -1,7 +1,7 @@
-"""Passkey retrieval: repeat five digits that stood somewhere in the context."""
+"""Token-level passkey retrieval: repeat five digits hidden in the user's text."""
 
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import takewhile
 from typing import Any
@@ -9,130 +9,135 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from hf_rope_ext.checks import require_integer
 from hf_rope_ext.errors import RopeError
+from hf_rope_ext.evals.bench import Advance, Bench
 from hf_rope_ext.evals.scoring import score_last
 from hf_rope_ext.evals.statistics import wilson
+from hf_rope_ext.evals.tasks.base import TextTask
 from hf_rope_ext.evals.text import require_answer, require_tokens, tokenize
 
 DEPTH_BANDS = 5
-"""Parts of the context by which keys are counted."""
+"""Number of depth ranges that results are grouped by."""
 
 SENTENCE = "\nThe pass key is {key}.\n"
 
 
-@dataclass(frozen=True)
-class PasskeyTask:
-    """Plant a key in a text, ask for it at the end, and score it in one forward.
+@dataclass(frozen=True, kw_only=True)
+class TextPasskey(TextTask):
+    """Pass keys hidden in the text and scored token by token in one forward pass.
 
-    A sample counts as retrieved if every token of the key is the most likely one given the tokens
-    before it, which is what greedy decoding would write. The whole sample, key included, has the
-    length asked for; keys and places do not depend on the method, so methods can be compared
+    A key counts as retrieved if each of its tokens is the most likely one given the tokens before
+    it, that is, if greedy decoding would produce it. A sample, key included, has exactly the
+    requested length. Keys and positions do not depend on the method, so methods can be compared
     sample by sample.
 
     Args:
-        tokenizer: The model's tokenizer.
-        ids: Tokens of the text to hide it in, ``(tokens,)``.
-        longest: The longest length that will be asked for, in tokens.
-        samples: How many, at depths spread evenly from start to end.
-        seed: Of keys and places in the text.
-        prefix: Tokens put before each sample, such as the beginning-of-text token.
+        samples: Samples per length, at depths spread evenly from start to end; None for
+            `Bench.samples`.
     """
 
-    tokenizer: Any
-    ids: Tensor
-    longest: int
-    samples: int = 50
-    seed: int = 0
-    prefix: tuple[int, ...] = ()
-
-    name = "passkey"
     metric = "exact"
 
-    def __post_init__(self) -> None:
-        """Check that the text is long enough, and that keys can be written."""
-        require_tokens(self.ids, self.longest, f"a length of {self.longest}")
-        require_answer(self.tokenizer, "0123456789", self.name)
+    samples: int | None = None
 
-    def sample(self, length: int, index: int) -> tuple[Tensor, int]:
-        """Return one sample, ``(length,)``, and how many tokens at its end are the key.
+    def check(self) -> None:
+        """Check the options."""
+        if self.samples is not None:
+            require_integer("samples", self.samples, 1)
+
+    def require_text(self, bench: Bench) -> None:
+        """Check that the text is long enough and the tokenizer can encode keys."""
+        require_tokens(bench.ids, bench.longest, f"a length of {bench.longest}")
+        require_answer(bench.tokenizer, "0123456789", "passkey")
+
+    def sample(self, bench: Bench, length: int, index: int) -> tuple[Tensor, int]:
+        """Return one sample, ``(length,)``, and the number of key tokens at its end.
 
         Raises:
-            RopeError: If the length has no room for the sentence and the question.
+            RopeError: If the length is too short for the sentence and the question.
         """
-        draw = random.Random(f"{self.seed}/{length}/{index}")
-        sentence, cue, answer = self._sentence(draw)
-        around = length - len(self.prefix) - len(sentence) - len(cue) - len(answer)
+        draw = random.Random(f"{bench.seed}/{length}/{index}")
+        sentence, cue, answer = draw_sentence(bench.tokenizer, draw)
+        around = length - len(bench.prefix) - len(sentence) - len(cue) - len(answer)
         if around < 0:
             raise RopeError(
-                f"a length of {length} has no room for the pass key's sentence and its question, "
+                f"a length of {length} is too short for the pass key sentence and its question, "
                 f"which take {length - around} tokens."
             )
-        first = draw.randrange(len(self.ids) - around + 1)
-        text = self.ids[first : first + around]
-        depth = round(around * (index + 0.5) / self.samples)
-        parts = (torch.tensor(self.prefix), text[:depth], sentence, text[depth:], cue, answer)
+        first = draw.randrange(len(bench.ids) - around + 1)
+        text = bench.ids[first : first + around]
+        depth = round(around * (index + 0.5) / self._count(bench))
+        parts = (torch.tensor(bench.prefix), text[:depth], sentence, text[depth:], cue, answer)
         return torch.cat([part.long() for part in parts]), len(answer)
 
-    def batches(self, length: int, size: int) -> Iterator[tuple[Tensor, int, list[int]]]:
-        """Yield samples of one length, the length of their keys, and their numbers."""
-        alike: dict[int, list[tuple[Tensor, int]]] = {}
-        for index in range(self.samples):
-            row, targets = self.sample(length, index)
-            alike.setdefault(targets, []).append((row, index))
-        for targets, rows in sorted(alike.items()):
+    def batches(
+        self, bench: Bench, length: int, size: int
+    ) -> Iterator[tuple[Tensor, int, list[int]]]:
+        """Yield batches of samples, the token count of their keys, and their indices."""
+        groups: dict[int, list[tuple[Tensor, int]]] = {}
+        for index in range(self._count(bench)):
+            row, targets = self.sample(bench, length, index)
+            groups.setdefault(targets, []).append((row, index))
+        for targets, rows in sorted(groups.items()):
             for first in range(0, len(rows), size):
-                batch, numbers = zip(*rows[first : first + size], strict=True)
-                yield torch.stack(batch), targets, list(numbers)
+                batch, indices = zip(*rows[first : first + size], strict=True)
+                yield torch.stack(batch), targets, list(indices)
 
     def measure(
-        self, model: nn.Module, length: int, size: int, advance: Callable[[int], None]
+        self, bench: Bench, model: nn.Module, length: int, size: int, advance: Advance
     ) -> dict[str, Any]:
-        """Return the share of keys retrieved whole, in all and by depth, and of their tokens."""
-        whole: dict[int, bool] = {}
-        tokens, right = 0, 0
-        for batch, targets, numbers in self.batches(length, size):
+        """Return the fraction of keys retrieved, overall and by depth, and of key tokens."""
+        samples = self._count(bench)
+        retrieved: dict[int, bool] = {}
+        tokens, correct = 0, 0
+        for batch, targets, indices in self.batches(bench, length, size):
             greedy = score_last(model, batch, targets).greedy
-            whole.update(zip(numbers, greedy.all(dim=1).tolist(), strict=True))
-            right += int(greedy.sum())
+            retrieved.update(zip(indices, greedy.all(dim=1).tolist(), strict=True))
+            correct += int(greedy.sum())
             tokens += greedy.numel()
             advance(len(batch))
         bands: dict[float, list[bool]] = {}
-        for index in range(self.samples):
-            band = int(DEPTH_BANDS * (index + 0.5) / self.samples)
-            bands.setdefault((band + 0.5) / DEPTH_BANDS, []).append(whole[index])
-        exact = sum(whole.values()) / self.samples
-        low, high = wilson(exact, self.samples)
+        for index in range(samples):
+            band = int(DEPTH_BANDS * (index + 0.5) / samples)
+            bands.setdefault((band + 0.5) / DEPTH_BANDS, []).append(retrieved[index])
+        exact = sum(retrieved.values()) / samples
+        low, high = wilson(exact, samples)
         parts = [
-            {"depth": depth, "score": sum(found) / len(found), "n": len(found)}
-            for depth, found in bands.items()
+            {"depth": depth, "score": sum(band) / len(band), "n": len(band)}
+            for depth, band in bands.items()
         ]
         return {
             "exact": exact,
-            "tokens": right / tokens,
-            "n": self.samples,
+            "tokens": correct / tokens,
+            "n": samples,
             "low": low,
             "high": high,
             "parts": parts if len(parts) > 1 else [],
         }
 
-    def units(self, length: int) -> int:
-        """Return how many samples a length takes, which must have room for them."""
-        self.sample(length, 0)
-        return self.samples
+    def units(self, bench: Bench, length: int) -> int:
+        """Return the number of samples per cell, after checking that one fits."""
+        self.sample(bench, length, 0)
+        return self._count(bench)
 
-    def _sentence(self, draw: random.Random) -> tuple[Tensor, Tensor, Tensor]:
-        """Return a sentence with a key, its beginning up to the key, and the key."""
-        keys = [f"{draw.randrange(100_000):05d}" for _ in range(8)]
-        encoded = [tokenize(self.tokenizer, SENTENCE.format(key=key)).tolist() for key in keys]
-        # the tokens before and after the key are those that do not change with it
-        before = _common_prefix(encoded)
-        after = _common_prefix([ids[::-1] for ids in encoded])
-        sentence = torch.tensor(encoded[0])
-        return sentence, sentence[:before], sentence[before : len(sentence) - after]
+    def _count(self, bench: Bench) -> int:
+        return bench.samples if self.samples is None else self.samples
+
+
+def draw_sentence(tokenizer: Any, draw: random.Random) -> tuple[Tensor, Tensor, Tensor]:
+    """Return a sentence with a random key, its beginning up to the key, and the key, as tokens."""
+    keys = [f"{draw.randrange(100_000):05d}" for _ in range(8)]
+    encoded = [tokenize(tokenizer, SENTENCE.format(key=key)).tolist() for key in keys]
+    # tokens that are the same for all keys belong to the sentence, the others to the key
+    before = _common_prefix(encoded)
+    after = _common_prefix([ids[::-1] for ids in encoded])
+    sentence = torch.tensor(encoded[0])
+    return sentence, sentence[:before], sentence[before : len(sentence) - after]
 
 
 def _common_prefix(lists: list[list[int]]) -> int:
-    """Return how many entries all lists begin with alike."""
+    """Return the length of the common prefix of all lists."""
     return sum(
         1 for _ in takewhile(lambda column: len(set(column)) == 1, zip(*lists, strict=False))
     )

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from hf_rope_ext.errors import RopeError
+from hf_rope_ext.evals.bench import Bench
 from hf_rope_ext.evals.compare import TOKENS_AT_ONCE
-from hf_rope_ext.evals.perplexity import PerplexityTask
-from hf_rope_ext.evals.text_passkey import PasskeyTask
+from hf_rope_ext.evals.measures import Measure, make_measure
 
 
 @dataclass(frozen=True)
@@ -19,11 +19,11 @@ class Evaluation:
     """The tasks measured before, during and after a fine-tune.
 
     Args:
-        tasks: Perplexity, and optionally passkey retrieval.
+        measures: Perplexity, and optionally passkey retrieval, by name.
         lengths: Lengths to measure at, in tokens, ascending.
     """
 
-    tasks: tuple[PerplexityTask | PasskeyTask, ...]
+    measures: dict[str, Measure]
     lengths: tuple[int, ...]
 
     @classmethod
@@ -58,16 +58,20 @@ class Evaluation:
                 f"eval_lengths: {min(lengths)} tokens leave no context before the "
                 f"eval_targets={targets} that are scored; use longer lengths or fewer targets."
             )
-        start = tokenizer.bos_token_id
-        prefix = () if start is None else (int(start),)
-        tasks: list[PerplexityTask | PasskeyTask] = [
-            PerplexityTask(tokens, max(lengths), windows, targets, prefix)
-        ]
-        if passkeys:
-            passkey = PasskeyTask(tokenizer, tokens, max(lengths), passkeys, seed, prefix)
-            passkey.sample(min(lengths), 0)  # raises if the prompt does not fit
-            tasks.append(passkey)
-        return cls(tuple(tasks), lengths)
+        bench = Bench(
+            tokenizer,
+            tokens,
+            max(lengths),
+            windows=windows,
+            targets=targets,
+            samples=passkeys,
+            seed=seed,
+        )
+        names = ("perplexity", "passkey") if passkeys else ("perplexity",)
+        measures = {name: make_measure(name, {}, bench) for name in names}
+        for measure in measures.values():
+            measure.check(lengths)
+        return cls(measures, lengths)
 
     def measure(self, model: nn.Module) -> dict[str, float]:
         """Return perplexity and passkey accuracy, as ``perplexity_512`` and ``passkey_512``."""
@@ -76,9 +80,9 @@ class Evaluation:
         with eval_mode(model):
             for length in self.lengths:
                 size = max(TOKENS_AT_ONCE // length, 1)
-                for task in self.tasks:
-                    measure = task.measure(plain, length, size, lambda samples: None)
-                    scores[f"{task.name}_{length}"] = float(measure[task.metric])
+                for name, measure in self.measures.items():
+                    cell = measure.run(plain, length, size, lambda samples: None)
+                    scores[f"{name}_{length}"] = float(cell[measure.metric])
         return scores
 
 

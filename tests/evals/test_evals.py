@@ -14,13 +14,15 @@ from torch import nn
 from transformers import PreTrainedTokenizerFast
 
 from hf_rope_ext import AlreadyScaledError, RopeError, patch_model
+from hf_rope_ext.evals.bench import Bench
 from hf_rope_ext.evals.compare import Comparison, compare
 from hf_rope_ext.evals.journal import Cell
-from hf_rope_ext.evals.perplexity import PerplexityTask
+from hf_rope_ext.evals.perplexity import Perplexity
 from hf_rope_ext.evals.report import load_report
 from hf_rope_ext.evals.scoring import score_last
 from hf_rope_ext.evals.text import read_text, tokenize
-from hf_rope_ext.evals.text_passkey import PasskeyTask
+from hf_rope_ext.evals.text_passkey import TextPasskey, draw_sentence
+from hf_rope_ext.evals.writing import make_table, save_report
 from hf_rope_ext.methods import Linear, NoScaling, Yarn
 from hf_rope_ext.parsing import parse_lengths, parse_methods
 
@@ -96,12 +98,12 @@ def nothing(samples):
 
 def test_perplexity_is_that_of_scoring_each_token_with_its_own_context(ids):
     model = patch_model(wide_llama(), "yarn", factor=4)
-    task = PerplexityTask(ids, longest=200, windows=3, targets=8, prefix=(0,))
+    bench = Bench(SimpleNamespace(bos_token_id=0), ids, 200, windows=3, targets=8)
 
-    found = task.measure(model, 100, 2, nothing)
+    found = Perplexity().measure(bench, model, 100, 2, nothing)
 
     total = 0.0
-    for end in task.ends():
+    for end in Perplexity().ends(bench):
         for position in range(end - 8, end):
             context = torch.cat((torch.tensor([0]), ids[end - 99 : position]))[None]
             probabilities = torch.log_softmax(logits(model, context)[0, -1].double(), -1)
@@ -112,9 +114,11 @@ def test_perplexity_is_that_of_scoring_each_token_with_its_own_context(ids):
 
 
 def test_the_same_tokens_are_scored_at_every_length(ids):
-    task = PerplexityTask(ids, longest=400, windows=5, targets=16)
+    bench = Bench(None, ids, 400, windows=5, targets=16)
 
-    last = [torch.cat(list(task.batches(length, 2)))[:, -16:] for length in (50, 100, 400)]
+    rows = [list(Perplexity().batches(bench, length, 2)) for length in (50, 100, 400)]
+
+    last = [torch.cat([batch for batch, _ in batches])[:, -16:] for batches in rows]
 
     assert torch.equal(last[0], last[1])
     assert torch.equal(last[0], last[2])
@@ -146,13 +150,13 @@ def test_scores_agree_with_the_models_own_logits(ids):
 @pytest.mark.parametrize("kind", [byte_level, unigram, word_piece, characters])
 def test_a_sample_has_the_length_asked_for_and_the_key_at_its_depth(kind):
     tokenizer = make_tokenizer(kind)
-    ids = tokenize(tokenizer, TEXT)
-    task = PasskeyTask(tokenizer, ids, longest=400, samples=10, prefix=(0,))
+    bench = Bench(tokenizer, TEXT, 400, samples=10)
 
     for length in (100, 400):
         for index in range(10):
-            row, count = task.sample(length, index)
-            sentence, cue, answer = task._sentence(random.Random(f"0/{length}/{index}"))
+            row, count = TextPasskey().sample(bench, length, index)
+            draw = random.Random(f"0/{length}/{index}")
+            sentence, cue, answer = draw_sentence(tokenizer, draw)
             assert len(row) == length
             assert torch.equal(row[-count:], answer)
             assert torch.equal(row[-count - len(cue) : -count], cue)
@@ -167,8 +171,8 @@ def test_a_sample_has_the_length_asked_for_and_the_key_at_its_depth(kind):
 
 def test_samples_depend_on_the_seed_alone(tokenizer, ids):
     def rows(seed):
-        task = PasskeyTask(tokenizer, ids, longest=200, samples=4, seed=seed)
-        return torch.stack([task.sample(200, index)[0] for index in range(4)])
+        bench = Bench(tokenizer, ids, 200, samples=4, seed=seed)
+        return torch.stack([TextPasskey().sample(bench, 200, index)[0] for index in range(4)])
 
     assert torch.equal(rows(0), rows(0))
     assert not torch.equal(rows(0), rows(1))
@@ -200,17 +204,17 @@ class Scripted(nn.Module):
 
 
 def test_a_model_that_copies_gets_all_and_one_that_forgets_only_what_it_still_sees(tokenizer, ids):
-    task = PasskeyTask(tokenizer, ids, longest=120, samples=8)
+    bench = Bench(tokenizer, ids, 120, samples=8)
     sees = 70
 
-    everything = task.measure(Scripted(10_000), 120, 4, nothing)
-    recent = task.measure(Scripted(sees), 120, 4, nothing)
+    everything = TextPasskey().measure(bench, Scripted(10_000), 120, 4, nothing)
+    recent = TextPasskey().measure(bench, Scripted(sees), 120, 4, nothing)
 
     visible = 0
     for index in range(8):
-        sentence, cue, answer = task._sentence(random.Random(f"0/120/{index}"))
-        around = 120 - len(sentence) - len(cue) - len(answer)
-        start = round(around * (index + 0.5) / 8)
+        sentence, cue, answer = draw_sentence(tokenizer, random.Random(f"0/120/{index}"))
+        around = 119 - len(sentence) - len(cue) - len(answer)
+        start = 1 + round(around * (index + 0.5) / 8)
         # the last digit is asked for at the last position but one
         visible += start + len(cue) - 3 >= 120 - 1 - sees
     assert everything["exact"] == 1.0
@@ -223,9 +227,9 @@ def test_a_model_that_copies_gets_all_and_one_that_forgets_only_what_it_still_se
 
 
 def test_a_random_model_retrieves_nothing(tokenizer, ids):
-    task = PasskeyTask(tokenizer, ids, longest=200, samples=8)
+    bench = Bench(tokenizer, ids, 200, samples=8)
 
-    assert task.measure(wide_llama(), 200, 4, nothing)["exact"] == 0.0
+    assert TextPasskey().measure(bench, wide_llama(), 200, 4, nothing)["exact"] == 0.0
 
 
 def comparison(tokenizer, **changes):
@@ -254,9 +258,9 @@ def test_every_method_is_measured_at_every_length_and_the_model_is_left_unpatche
     assert steps[-1] == (tokens, tokens)
     assert steps == sorted(steps)
     assert all(torch.equal(buffer, before[name]) for name, buffer in asked.model.named_buffers())
-    expected = PerplexityTask(tokenize(tokenizer, TEXT), 128, 2, 8, (0,)).measure(
-        patch_model(wide_llama(), "linear", factor=4), 128, 1, nothing
-    )
+    bench = Bench(tokenizer, TEXT, 128, windows=2, targets=8)
+    model = patch_model(wide_llama(), "linear", factor=4)
+    expected = Perplexity().measure(bench, model, 128, 1, nothing)
     assert report.value("linear", "perplexity", 128) == pytest.approx(expected["perplexity"])
 
 
@@ -303,7 +307,7 @@ def test_a_directory_of_another_comparison_is_refused_and_kept(tokenizer, tmp_pa
     compare(comparison(tokenizer), tmp_path)
     before = (tmp_path / "cells.jsonl").read_text()
 
-    with pytest.raises(RopeError, match="holds a comparison of something else"):
+    with pytest.raises(RopeError, match="holds results of another comparison"):
         compare(comparison(tokenizer, **change), tmp_path)
 
     assert (tmp_path / "cells.jsonl").read_text() == before
@@ -314,13 +318,13 @@ def test_other_weights_are_another_comparison(tokenizer, tmp_path):
     other = wide_llama()
     other.lm_head.weight.data[0, 0] += 1
 
-    with pytest.raises(RopeError, match="something else"):
+    with pytest.raises(RopeError, match=r"another comparison \(different model.weights_sha256\)"):
         compare(comparison(tokenizer, model=other), tmp_path)
 
 
 def test_the_report_says_everything_the_numbers_depend_on(tokenizer, tmp_path):
     report = compare(comparison(tokenizer))
-    files = report.save(tmp_path)
+    files = save_report(report, tmp_path)
 
     assert [path.name for path in files] == [
         "report.json",
@@ -342,7 +346,7 @@ def test_the_report_says_everything_the_numbers_depend_on(tokenizer, tmp_path):
     parts = sum(len(cell.get("buckets", [])) + len(cell.get("parts", [])) for cell in report.cells)
     assert len(rows) == len(report.cells) + parts
     assert load_report(tmp_path) == report
-    assert report.table("perplexity").row_count == 3
+    assert make_table(report, "perplexity").row_count == 3
 
 
 def test_a_report_of_another_schema_is_refused(tmp_path):
@@ -384,7 +388,7 @@ def test_texts_that_are_too_short_or_unreadable_are_refused(tokenizer, tmp_path)
 def test_lengths_without_room_are_refused(tokenizer):
     with pytest.raises(RopeError, match="leaves no context before 8 scored tokens"):
         compare(comparison(tokenizer, lengths=(8, 64)))
-    with pytest.raises(RopeError, match="no room for the pass key"):
+    with pytest.raises(RopeError, match="too short for the pass key"):
         compare(comparison(tokenizer, lengths=(20, 64)))
 
 

@@ -2,6 +2,8 @@
 
 import math
 import random
+from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,7 +18,9 @@ from transformers import (
 )
 
 from hf_rope_ext import RopeError, patch_model
-from hf_rope_ext.evals.perplexity import LongPerplexityTask, PerplexityTask
+from hf_rope_ext.evals.bench import Bench
+from hf_rope_ext.evals.measures import make_measure
+from hf_rope_ext.evals.perplexity import LongPerplexity, Perplexity
 from hf_rope_ext.evals.scoring import score_last
 
 SMALL = {
@@ -43,6 +47,11 @@ def model():
 
 def nothing(done):
     pass
+
+
+def bench(text, longest, prefix=(), **settings):
+    start = SimpleNamespace(bos_token_id=prefix[0] if prefix else None)
+    return Bench(start, text, longest, **settings)
 
 
 def log_prob(model, context, token):
@@ -72,9 +81,9 @@ def slices(mode, tokens, length, prefix, stride, places, longest):
 )
 def test_every_token_is_scored_once_with_its_own_context(model, text, mode, stride, prefix):
     text, length = text[:100], 40
-    task = PerplexityTask(text, 80, 3, prefix=prefix, mode=mode, stride=stride or 1)
+    task = Perplexity(windows=3, mode=mode, stride=stride or 1)
 
-    found = task.measure(model, length, 2, nothing)
+    found = task.measure(bench(text, 80, prefix), model, length, 2, nothing)
 
     means, total, count, buckets = [], 0.0, 0, {}
     step = stride or length - max(len(prefix), 1)
@@ -100,11 +109,11 @@ def test_every_token_is_scored_once_with_its_own_context(model, text, mode, stri
 
 
 def test_the_stride_of_the_length_is_disjoint_and_the_last_window_is_full(model, text):
-    task = PerplexityTask(text, 96, mode="sliding", stride=95)
+    task = Perplexity(mode="sliding", stride=95)
 
-    same = PerplexityTask(text, 96, mode="disjoint").cut(96)
+    same = Perplexity(mode="disjoint").cut(bench(text, 96), 96)
 
-    assert task.cut(96) == same
+    assert task.cut(bench(text, 96), 96) == same
     assert {window.end - window.begin for window in same} == {96}
     assert same[-1].end == len(text)
 
@@ -172,9 +181,9 @@ def test_longppl_is_the_perplexity_of_tokens_that_a_short_context_makes_unlikely
     # half of the text repeats what stood 100 tokens before, which sharp random attention notices
     text = torch.cat((text[:60], text[:60], text[60:90], text[:60]))
     short, length = 40, 100
-    task = LongPerplexityTask(text, 120, short, windows=2, alpha=0.5, beta=-6.0)
+    task = LongPerplexity(short=short, windows=2, alpha=0.5, beta=-6.0)
 
-    found = task.measure(model, length, 1, nothing)
+    found = task.measure(bench(text, 120), model, length, 1, nothing)
 
     key, scored = [], 0
     for start in (0, len(text) - 120):
@@ -191,26 +200,31 @@ def test_longppl_is_the_perplexity_of_tokens_that_a_short_context_makes_unlikely
     assert found["key_tokens"] == len(key)
     assert found["tokens"] == scored
     assert found["longppl"] == pytest.approx(math.exp(sum(key) / len(key)), rel=1e-5)
-    within = task.measure(model, short, 1, nothing)
+    within = task.measure(bench(text, 120), model, short, 1, nothing)
     assert within == {"longppl": None, "nll": None, "key_tokens": 0, "tokens": 0}
 
 
 def test_another_model_can_pick_the_key_tokens(model, text):
     judge = tiny_llama()
 
-    own = LongPerplexityTask(text, 200, 40, 2, alpha=0.5, beta=-9.0)
-    judged = LongPerplexityTask(text, 200, 40, 2, alpha=0.5, beta=-9.0, evaluator=judge)
+    own = LongPerplexity(short=40, windows=2, alpha=0.5, beta=-9.0)
+    judged = replace(own, evaluator=judge)
 
-    found = judged.measure(model, 160, 1, nothing)
-    assert found["key_tokens"] == own.measure(judge, 160, 1, nothing)["key_tokens"]
-    assert found["nll"] != own.measure(judge, 160, 1, nothing)["nll"]
+    found = judged.measure(bench(text, 200), model, 160, 1, nothing)
+    by_judge = own.measure(bench(text, 200), judge, 160, 1, nothing)
+    assert found["key_tokens"] == by_judge["key_tokens"]
+    assert found["nll"] != by_judge["nll"]
 
 
 @pytest.mark.parametrize(
     ("knobs", "length", "message"),
     [
-        ({"mode": "slidng"}, 96, "mode must be one of last_block, sliding, disjoint, truncate"),
-        ({"mode": "sliding", "stride": 0}, 96, "stride must be a whole number of at least 1"),
+        (
+            {"mode": "slidng"},
+            96,
+            "mode must be one of 'last_block', 'sliding', 'disjoint', 'truncate'",
+        ),
+        ({"mode": "sliding", "stride": 0}, 96, "stride must be an integer of at least 1"),
         ({"mode": "sliding", "stride": 128}, 96, "a stride of 128 does not fit in windows of 95"),
         ({"mode": "truncate"}, 1, "a length of 1 leaves no token to score"),
         ({"targets": 96}, 96, "leaves no context before 96 scored tokens"),
@@ -218,10 +232,11 @@ def test_another_model_can_pick_the_key_tokens(model, text):
     ],
 )
 def test_what_cannot_be_measured_is_one_clear_error(model, text, knobs, length, message):
+    longest = knobs.pop("longest", 200)
     with pytest.raises(RopeError, match=message):
-        PerplexityTask(text, **{"longest": 200, **knobs}).measure(model, length, 1, nothing)
+        make_measure("perplexity", knobs, bench(text, longest)).check((length,))
 
 
 def test_a_short_context_must_be_shorter_than_the_longest_length(text):
     with pytest.raises(RopeError, match="short must be from 8 to less than"):
-        LongPerplexityTask(text, 200, 200)
+        make_measure("rope_longppl", {"short": 200}, bench(text, 200))

@@ -12,9 +12,11 @@ from hypothesis import strategies as st
 from test_evals import byte_level, characters, make_tokenizer, unigram, word_piece
 
 from hf_rope_ext import RopeError
-from hf_rope_ext.evals.tasks import RULER, TASKS, build_dataset, make_task, score
+from hf_rope_ext.evals.documents import build_dataset, fit
+from hf_rope_ext.evals.documents import score as score_with
+from hf_rope_ext.evals.registry import TASKS, make_task
 from hf_rope_ext.evals.tasks.babi import PEOPLE, ROOMS, THINGS, tell
-from hf_rope_ext.evals.tasks.base import Place, fit
+from hf_rope_ext.evals.tasks.base import DocumentTask, Place
 from hf_rope_ext.evals.tasks.kv import draw_uuid
 from hf_rope_ext.evals.tasks.lexicon import AdjectiveNouns
 from hf_rope_ext.evals.tasks.prose import sentences, words
@@ -25,6 +27,8 @@ from hf_rope_ext.evals.tasks.scorers import (
     string_match_all,
     string_match_part,
 )
+
+DOCUMENTS = [name for name, task in TASKS.items() if isinstance(task, DocumentTask)]
 
 SQUAD = {
     "data": [
@@ -77,6 +81,10 @@ def data(tmp_path_factory):
     }
 
 
+def score(name, document, prediction):
+    return score_with(TASKS[name], document, prediction)
+
+
 def count(tokenizer, text):
     return len(tokenizer(text)["input_ids"])
 
@@ -84,7 +92,7 @@ def count(tokenizer, text):
 @pytest.mark.parametrize("kind", [byte_level, unigram, word_piece, characters])
 def test_every_document_fits_its_length_and_one_unit_more_would_not(kind, data):
     tokenizer = make_tokenizer(kind)
-    for name in TASKS:
+    for name in DOCUMENTS:
         lengths = [2500, 9000] if name.endswith("cwe") else [1800, 3000]
         options = data.get(name, {})
         task = make_task(name, **options)
@@ -157,7 +165,7 @@ def test_several_needles_are_each_there_once_and_in_order(tokenizer):
         assert named == sorted(named)
 
 
-@pytest.mark.parametrize("name", [n for n in TASKS if not n.startswith("rope_ruler_qa")])
+@pytest.mark.parametrize("name", [n for n in DOCUMENTS if not n.startswith("rope_ruler_qa")])
 def test_the_right_answer_scores_one_and_another_zero(tokenizer, name):
     length = 9000 if name == "rope_ruler_cwe" else 2500
     document = build_dataset(name, tokenizer, [length], samples=1)[0]
@@ -429,7 +437,7 @@ def test_needles_are_lm_evals_byte_for_byte(lm_ruler, name, seed):
         template=lm_ruler["niah_utils"].TEMPLATE,
     )
 
-    found = RULER[name].draft(random.Random(seed), 30, Place(4096))
+    found = TASKS[f"rope_ruler_{name}"].draft(random.Random(seed), 30, Place(4096))
 
     assert found.prompt == text
     assert list(found.gold) == gold
@@ -443,7 +451,7 @@ def test_needles_are_lm_evals_byte_for_byte(lm_ruler, name, seed):
 @pytest.mark.parametrize("name", ["multikey_1", "multivalue", "multiquery", "single_2"])
 def test_essays_are_lm_evals_byte_for_byte_over_the_same_text(lm_ruler, monkeypatch, name):
     prepare = lm_ruler["prepare_niah"]
-    task = RULER[f"niah_{name}"]
+    task = TASKS[f"rope_ruler_niah_{name}"]
     text = words(400)
     # nltk's sentence splitter needs data that is not there; the generated prose is plain
     monkeypatch.setattr(
@@ -474,7 +482,7 @@ def test_variable_chains_are_lm_evals_and_the_known_deviations_are_all(lm_ruler,
     random.seed(5)
     text, gold = vt.generate_input_output(20, 1, 4)
 
-    prompt, answer, names = RULER["vt"].question(random.Random(5), 20, letters=5)
+    prompt, answer, names = TASKS["rope_ruler_vt"].question(random.Random(5), 20, letters=5)
 
     assert list(names) == gold
     # deviations: lines joined with a space after the line break, and a misspelt word
@@ -499,7 +507,7 @@ def test_common_words_are_lm_evals_byte_for_byte(lm_ruler):
 
 
 def test_the_worked_example_of_common_words_is_in_the_prompt_unlike_lm_evals(lm_ruler):
-    document = RULER["cwe"].draft(random.Random(1), 40, Place(4096))
+    document = TASKS["rope_ruler_cwe"].draft(random.Random(1), 40, Place(4096))
     example, text, _ = lm_ruler["cwe_utils"].generate_input_output(40, 4096)
 
     assert document.prompt.count("Below is a numbered list") == 2
@@ -512,7 +520,7 @@ def test_frequent_words_are_lm_evals_byte_for_byte(lm_ruler, tokenizer):
     random.seed(11)
     text, gold, _ = fwe.generate_input_output(10**6, tokenizer, num_words=500, vocab_size=40)
 
-    found = RULER["fwe"].draft(random.Random(11), 500, Place(2000))
+    found = TASKS["rope_ruler_fwe"].draft(random.Random(11), 500, Place(2000))
 
     assert found.prompt + found.answer == text
     assert list(found.gold) == gold
@@ -576,18 +584,26 @@ def test_the_keys_are_all_of_rulers():
     [
         ("rope_paskey", {}, "unknown task 'rope_paskey'. Did you mean 'rope_passkey'"),
         ("rope_passkey", {"depth": 0.5}, "no option 'depth'. Did you mean 'depths'"),
-        ("rope_passkey", {"depths": [2.0]}, "depths must be numbers from 0 to 1"),
-        ("rope_passkey", {"lengths": [16]}, "16 has no room for the task, which takes at least"),
-        ("rope_passkey", {"samples": 0}, "samples must be at least 1"),
-        ("rope_needle", {"needles": 99}, "needles must be from 1 to"),
+        (
+            "rope_passkey",
+            {"depths": [2.0]},
+            "each of depths must be a finite number at least 0 and at",
+        ),
+        ("rope_passkey", {"lengths": [16]}, "16 is too short for the task, which takes at least"),
+        ("rope_passkey", {"samples": 0}, "samples must be an integer of at least 1"),
+        ("rope_needle", {"needles": 99}, "needles must be an integer from 1 to"),
         ("rope_needle", {"haystack": "nowhere.txt"}, "cannot read the text 'nowhere.txt'"),
         ("rope_ruler_qa_1", {}, "data must be a local JSON file in the squad format"),
         ("rope_ruler_qa_2", {"data": "nowhere.json"}, "cannot read 'nowhere.json' as a hotpotqa"),
-        ("rope_add", {"beyond": [5, 5]}, "operands must be from a smaller to a larger"),
-        ("rope_copy", {"asked": 0}, "asked must be from 1 to 8"),
-        ("rope_babi_qa1", {"facts": 4}, "facts must be 1, 2 or 3"),
-        ("rope_cot_chain", {"hops": 0}, "hops must be from 1"),
-        ("rope_cot_chain_maj", {"temperature": 0}, "temperature above 0"),
+        ("rope_add", {"beyond": [5, 5]}, "operands must range from smaller to larger"),
+        ("rope_copy", {"asked": 0}, "asked must be an integer from 1 to 8"),
+        ("rope_babi_qa1", {"facts": 4}, "facts must be one of 1, 2, 3"),
+        ("rope_cot_chain", {"hops": 0}, "hops must be an integer from 1"),
+        (
+            "rope_cot_chain_maj",
+            {"temperature": 0},
+            "temperature must be a finite number greater",
+        ),
     ],
 )
 def test_what_cannot_be_built_is_one_clear_error(tokenizer, name, options, message):

@@ -15,12 +15,13 @@ from transformers import AutoProcessor, Qwen2_5_VLConfig
 
 from hf_rope_ext import RopeError, patched
 from hf_rope_ext.cli.app import app
+from hf_rope_ext.evals.bench import Bench
 from hf_rope_ext.evals.compare import Comparison, compare, evaluate
-from hf_rope_ext.evals.measures import Bench, make_measures
+from hf_rope_ext.evals.measures import make_measures
 from hf_rope_ext.evals.tasks.base import Place
 from hf_rope_ext.evals.tasks.frames import COLORS, SEGMENTS, Card, Frame, draw_frame
 from hf_rope_ext.evals.tasks.visual_needle import VisualNeedle
-from hf_rope_ext.evals.visual_documents import Projector
+from hf_rope_ext.evals.visual_documents import FrameEncoder, VisualDocuments
 from hf_rope_ext.methods import Linear, NoScaling
 
 PIXELS = 48
@@ -42,7 +43,7 @@ def nothing(done):
     pass
 
 
-def film(processor, length, spec="rope_vniah", samples=1, **options):
+def visual(processor, length, spec="rope_vniah", samples=1, **options):
     words = [f"{name}={value}" for name, value in {"pixels": PIXELS, **options}.items()]
     bench = Bench(None, "", length, 64, samples=samples, seed=1, processor=processor)
     (measure,) = make_measures((":".join([spec, *words]),), bench).values()
@@ -157,9 +158,9 @@ def test_a_model_that_sees_all_finds_all_and_one_that_forgets_what_it_still_sees
     processor, model, name, asks
 ):
     length, sees = 1000, 12
-    measure = film(processor, length, name, asks=asks)
-    everything = measure.measure(Watcher(model, processor, 10**6), length, 1, nothing)
-    recent = measure.measure(Watcher(model, processor, sees), length, 1, nothing)
+    measure = visual(processor, length, name, asks=asks)
+    everything = measure.run(Watcher(model, processor, 10**6), length, 1, nothing)
+    recent = measure.run(Watcher(model, processor, sees), length, 1, nothing)
 
     assert set(scores(everything)) == {0.0, 0.25, 0.5, 0.75, 1.0}
     assert set(scores(everything).values()) == {1.0}
@@ -173,38 +174,39 @@ def test_a_model_that_sees_all_finds_all_and_one_that_forgets_what_it_still_sees
 
 
 def test_a_random_model_is_at_chance(processor, model):
-    measure = film(processor, 400, asks="row", samples=4, depths="[0.5]")
+    measure = visual(processor, 400, asks="row", samples=4, depths="[0.5]")
 
-    cell = measure.measure(model, 400, 1, nothing)
+    cell = measure.run(model, 400, 1, nothing)
 
     assert cell["score"] <= 0.25
     assert cell["nll"] > 1
 
 
 def test_an_answer_can_be_generated(processor, model):
-    measure = film(processor, 600, "rope_vniah_d", generated="true", period=3)
+    measure = visual(processor, 600, "rope_vniah_d", generated="true", period=3)
 
-    everything = measure.measure(Watcher(model, processor, 10**6), 600, 1, nothing)
-    recent = measure.measure(Watcher(model, processor, 1), 600, 1, nothing)
+    everything = measure.run(Watcher(model, processor, 10**6), 600, 1, nothing)
+    recent = measure.run(Watcher(model, processor, 1), 600, 1, nothing)
 
     assert set(scores(everything).values()) == {1.0}
     assert scores(recent) == {0.0: 0.0, 0.25: 0.0, 0.5: 0.0, 0.75: 0.0, 1.0: 1.0}
     assert everything["frames"] >= 9
-    film(processor, 400, generated="true", depths="[0.5]").measure(model, 400, 1, nothing)
+    visual(processor, 400, generated="true", depths="[0.5]").run(model, 400, 1, nothing)
 
 
-@pytest.mark.parametrize("generated", ["true", "false"])
-def test_a_film_fits_its_length_and_one_frame_more_would_not(processor, generated):
-    measure = film(processor, 400, generated=generated, depths="[0.5]")
-    free = measure.task.max_new_tokens if generated == "true" else 0
+@pytest.mark.parametrize("generated", [True, False])
+def test_a_question_fits_its_length_and_one_frame_more_would_not(processor, generated):
+    task = VisualNeedle(generated=generated, depths=(0.5,), pixels=PIXELS)
+    documents = VisualDocuments("rope_vniah", task, processor, samples=1, seed=1)
+    free = task.max_new_tokens if generated else 0
 
     # a frame of 48 pixels is 38 tokens, so one of these lengths is exactly full
     for length in range(360, 400):
-        (place,) = measure.places(length)
-        draft = measure.draft(place)
-        more = measure.sized(place, len(draft.frames) + 1)
+        (place,) = documents.places(length)
+        draft = documents.draft(place)
+        more = documents.draft_at(place, len(draft.frames) + 1)
         used, over = (
-            measure.projector.inputs(one)["input_ids"].shape[1] + free for one in (draft, more)
+            documents.encoder.inputs(one)["input_ids"].shape[1] + free for one in (draft, more)
         )
         assert used <= length < over
 
@@ -285,38 +287,38 @@ def test_the_command_loads_the_processor(processor, model, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"asks": "shape"}, "asks must be one of digit, row, column, got 'shape'"),
-        ({"media": "film"}, "media must be one of images, video"),
+        ({"asks": "shape"}, "asks must be one of 'digit', 'row', 'column', got 'shape'"),
+        ({"media": "film"}, "media must be one of 'images', 'video'"),
         ({"media": "video"}, "has no video processor .*torchvision"),
-        ({"period": -1}, "period must be a whole number of at least 0, got -1"),
-        ({"pixels": 9}, "pixels must be a whole number of at least 24"),
+        ({"period": -1}, "period must be an integer of at least 0, got -1"),
+        ({"pixels": 9}, "pixels must be an integer of at least 24"),
         ({"depth": "[1]"}, "has no option 'depth'. Did you mean 'depths'"),
     ],
 )
 def test_a_wrong_option_is_named(processor, options, message):
     with pytest.raises(RopeError, match=message):
-        film(processor, 400, **options)
+        visual(processor, 400, **options)
 
 
 def test_what_cannot_be_shown_is_one_clear_error(processor, monkeypatch):
     with pytest.raises(RopeError, match="needs the processor of a model that takes them; got None"):
-        film(None, 400)
+        visual(None, 400)
     with pytest.raises(RopeError, match=r"got \w*Tokeniz"):
-        film(processor.tokenizer, 400)
-    with pytest.raises(RopeError, match=r"a length of 150 has no room for 1 frame.* of 48 pixels"):
-        film(processor, 150).check((400, 150))
+        visual(processor.tokenizer, 400)
+    with pytest.raises(RopeError, match=r"a length of 150 is too short for 1 frame.* of 48 pixels"):
+        visual(processor, 150).check((400, 150))
     with monkeypatch.context() as patch:
         patch.setattr(processor, "chat_template", None)
         with pytest.raises(RopeError, match="no chat template"):
-            film(processor, 400)
+            visual(processor, 400)
     monkeypatch.setitem(sys.modules, "PIL", None)
     with pytest.raises(RopeError, match="need Pillow: pip install"):
-        film(processor, 400).check((400,))
+        visual(processor, 400).check((400,))
 
 
 def test_a_processor_whose_tokens_depend_on_the_picture_is_refused(processor, monkeypatch):
-    measure = film(processor, 400, depths="[0]")
-    whole = Projector._process
+    measure = visual(processor, 400, depths="[0]")
+    whole = FrameEncoder._process
 
     def longer(self, draft, frames):
         found = whole(self, draft, frames)
@@ -324,6 +326,6 @@ def test_a_processor_whose_tokens_depend_on_the_picture_is_refused(processor, mo
             found["input_ids"] = found["input_ids"].repeat(1, 2)
         return found
 
-    monkeypatch.setattr(Projector, "_process", longer)
-    with pytest.raises(RopeError, match="tokens depend on what frames show"):
-        measure.measure(nn.Linear(1, 1), 400, 1, nothing)
+    monkeypatch.setattr(FrameEncoder, "_process", longer)
+    with pytest.raises(RopeError, match="token count depends on image content"):
+        measure.run(nn.Linear(1, 1), 400, 1, nothing)

@@ -1,1 +1,1 @@
-"""lm-eval's model, tasks and command; nothing else imports lm-eval."""
+"""Model, tasks and command for lm-eval; no other package imports lm-eval."""

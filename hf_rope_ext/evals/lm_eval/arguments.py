@@ -1,4 +1,4 @@
-"""Which of the arguments that lm-eval hands to a model are whose."""
+"""Sort the arguments that lm-eval passes to a model."""
 
 import inspect
 from pathlib import Path
@@ -14,16 +14,16 @@ PATCH_ARGUMENTS = frozenset(inspect.signature(patch_model).parameters) - {"model
 
 
 def split(method: str | None, arguments: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Return the arguments of `patch_model` among those of a model, and the rest.
+    """Split arguments into those of `patch_model` and the rest.
 
     Raises:
-        RopeError: If there are any but no method.
+        RopeError: If there are arguments of `patch_model` but no method.
     """
-    own = set(PATCH_ARGUMENTS)
+    patch_names = set(PATCH_ARGUMENTS)
     if method is not None:
-        own.update(name for cls in split_name(method) for name in knobs(cls))
-    patch = {name: value for name, value in arguments.items() if name in own}
-    rest = {name: value for name, value in arguments.items() if name not in own}
+        patch_names.update(name for cls in split_name(method) for name in knobs(cls))
+    patch = {name: value for name, value in arguments.items() if name in patch_names}
+    rest = {name: value for name, value in arguments.items() if name not in patch_names}
     if method is None:
         if patch:
             raise RopeError(f"{', '.join(patch)} given without a method.")
@@ -32,19 +32,19 @@ def split(method: str | None, arguments: dict[str, Any]) -> tuple[dict[str, Any]
 
 
 def require_effect(arguments: dict[str, Any]) -> None:
-    """Check that nothing is asked for that HFLM does not do to a model in memory.
+    """Check that HFLM applies all arguments to a model in memory.
 
     Raises:
-        RopeError: If there is.
+        RopeError: If one would be ignored.
     """
     known = set(inspect.signature(HFLM.__init__).parameters) - {"peft", "delta", "parallelize"}
     idle = sorted(set(arguments) - known)
     if idle:
-        raise RopeError(f"a model in memory takes no {', '.join(idle)}; load it with them.")
+        raise RopeError(f"a model in memory takes no {', '.join(idle)}; use them to load it.")
 
 
 def base_of(adapter: str, arguments: dict[str, Any]) -> str:
-    """Return the base model of an adapter, and put the adapter among the arguments."""
+    """Return the base model of an adapter, and add the adapter to the arguments."""
     from peft import PeftConfig
 
     if arguments.setdefault("peft", adapter) != adapter:

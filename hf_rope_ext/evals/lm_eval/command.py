@@ -1,7 +1,6 @@
-"""``hf-rope eval``: lm-eval's own command, with `RopeHFLM` and our tasks in it.
+"""``hf-rope eval``: lm-eval's command, extended by `RopeHFLM` and our tasks.
 
-lm-eval 0.4.13 looks for models only among its own, and for tasks of others only where
-``--include_path`` points.
+lm-eval 0.4.13 has no plugin models, and finds other tasks only through ``--include_path``.
 """
 
 import hashlib
@@ -21,16 +20,16 @@ def launch(words: Sequence[str]) -> None:
     """Run lm-eval's command.
 
     Args:
-        words: Its arguments. ``--model`` is ``hf_rope`` if not given.
+        words: Arguments of the command; ``--model`` defaults to ``hf_rope``.
 
     Raises:
-        RopeError: If lm-eval is not installed, or an argument would give wrong numbers in silence.
+        RopeError: If lm-eval is not installed, or an argument would silently give wrong results.
     """
     try:
         from lm_eval._cli import HarnessCLI
         from lm_eval.utils import setup_logging
 
-        import hf_rope_ext.evals.lm_eval.model  # noqa: F401 - makes the model known
+        import hf_rope_ext.evals.lm_eval.model  # noqa: F401 - registers the model
         from hf_rope_ext.evals.lm_eval.tasks import TASK_DIRECTORY
     except ImportError as error:
         raise RopeError(f"lm-eval is needed: pip install 'hf-rope-ext[eval]' ({error})") from error
@@ -49,34 +48,32 @@ def launch(words: Sequence[str]) -> None:
     ours = _known(arguments.include_path, tasks)
     if settings.get("cache_requests") and ours:
         raise RopeError(
-            f"--cache_requests keeps prompts under the name of their task alone, so "
-            f"{', '.join(sorted(ours))} would be asked at the lengths of an earlier run; leave "
-            f"it out."
+            f"--cache_requests caches prompts by task name only, so {', '.join(sorted(ours))} "
+            f"would reuse the lengths of an earlier run; omit it."
         )
     if settings.get("use_cache"):
         arguments.use_cache = _cache_of(settings)
-    with _stock_tasks_left_out(len(ours) == len(tasks) > 0):
+    with _without_stock_tasks(len(ours) == len(tasks) > 0):
         command.execute(arguments)
 
 
 def _settings(arguments: Namespace) -> dict[str, Any]:
-    """Return arguments, and under those not given what a ``--config`` file says."""
+    """Return the arguments, completed by a ``--config`` file."""
     from lm_eval.config.evaluate_config import EvaluatorConfig
 
     path = getattr(arguments, "config", None)
     settings = EvaluatorConfig.load_yaml_config(path) if path else {}
-    given = {name: value for name, value in vars(arguments).items() if value is not None}
-    return {**settings, **given}
+    return settings | {name: value for name, value in vars(arguments).items() if value is not None}
 
 
 def _add_tasks(arguments: Namespace, ours: str) -> None:
-    """Put our directory of tasks beside the one the user names."""
+    """Add our directory of tasks to the user's."""
     from lm_eval.config.evaluate_config import EvaluatorConfig
 
-    named = arguments.include_path
-    if named is None and getattr(arguments, "config", None):
-        named = EvaluatorConfig.load_yaml_config(arguments.config).get("include_path")
-    arguments.include_path = [ours, *([] if named is None else [named])]
+    path = arguments.include_path
+    if path is None and getattr(arguments, "config", None):
+        path = EvaluatorConfig.load_yaml_config(arguments.config).get("include_path")
+    arguments.include_path = [ours, *([] if path is None else [path])]
 
 
 def _names(tasks: str | Sequence[Any] | None) -> list[str]:
@@ -85,7 +82,7 @@ def _names(tasks: str | Sequence[Any] | None) -> list[str]:
 
 
 def _known(paths: list[str], tasks: list[str]) -> set[str]:
-    """Return those of the tasks that are found without lm-eval's own."""
+    """Return the tasks that do not come with lm-eval."""
     from lm_eval.tasks import TaskManager
 
     index = TaskManager(include_path=paths, include_defaults=False)
@@ -93,15 +90,15 @@ def _known(paths: list[str], tasks: list[str]) -> set[str]:
 
 
 def _cache_of(settings: dict[str, Any]) -> str:
-    """Return a cache of answers for this model only; lm-eval would share one between models."""
+    """Return a cache path that is specific to the model; lm-eval shares one across models."""
     model = {"model": settings.get("model"), "arguments": settings.get("model_args")}
     text = json.dumps(model, sort_keys=True, default=str)
     return f"{settings['use_cache']}_{hashlib.sha256(text.encode()).hexdigest()[:12]}"
 
 
 @contextmanager
-def _stock_tasks_left_out(all_ours: bool) -> Iterator[None]:
-    """Spare reading lm-eval's 14,000 task files where none of them is asked for."""
+def _without_stock_tasks(all_ours: bool) -> Iterator[None]:
+    """Avoid reading lm-eval's 14,000 task files if none of them is needed."""
     import lm_eval.tasks
 
     if not all_ours:

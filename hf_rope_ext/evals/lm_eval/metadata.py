@@ -1,35 +1,32 @@
-"""What lm-eval's metadata says to our tasks: its own, and the arguments of the model."""
+"""Read the settings of our tasks from lm-eval's metadata, which includes model arguments."""
 
-import difflib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from torch import nn
-
+from hf_rope_ext.checks import suggest
 from hf_rope_ext.errors import RopeError
 from hf_rope_ext.evals.lm_eval.arguments import PATCH_ARGUMENTS
-from hf_rope_ext.evals.tasks import require_known
+from hf_rope_ext.evals.registry import require_known
 from hf_rope_ext.models.sites import read_sites
 from hf_rope_ext.parsing import parse_lengths
-from hf_rope_ext.rotary.installed import patch_of
 from hf_rope_ext.saving.loading import read_config, skeleton
 
-LENGTHS = "1x,2x,4x"
-OWN = ("lengths", "samples", "seed", "tokenizer", "trained_length")
+LENGTHS = ("1x", "2x", "4x")
+SETTINGS = ("lengths", "samples", "seed", "tokenizer", "trained_length")
 
 
 @dataclass(frozen=True)
 class Settings:
-    """How documents are built.
+    """How to build documents.
 
     Args:
-        tokenizer: Of the model that is asked.
-        lengths: In tokens.
+        tokenizer: The model's tokenizer.
+        lengths: Context lengths in tokens.
         samples: Documents per length and depth.
-        seed: Of everything drawn.
-        options: The task's own.
+        seed: Seed for all sampling.
+        options: Options of the task.
     """
 
     tokenizer: Any
@@ -38,18 +35,18 @@ class Settings:
     seed: int
     options: dict[str, Any]
 
-    def recorded(self, metadata: Mapping[str, Any]) -> dict[str, Any]:
-        """Return metadata for the results: what was used, in plain data."""
+    def record(self, metadata: Mapping[str, Any]) -> dict[str, Any]:
+        """Return metadata for the results file, including the settings in use."""
         name = getattr(self.tokenizer, "name_or_path", None)
-        used = {"lengths": list(self.lengths), "samples": self.samples, "seed": self.seed}
-        return {**metadata, **used, "tokenizer": name}
+        settings = {"lengths": list(self.lengths), "samples": self.samples, "seed": self.seed}
+        return {**metadata, **settings, "tokenizer": name}
 
 
 def for_task(metadata: Mapping[str, Any], task: str, known: Sequence[str]) -> dict[str, Any]:
-    """Return the metadata of one task: settings under its name go before those for all.
+    """Return the metadata of one task: settings under its name override those for all tasks.
 
     Raises:
-        RopeError: If there are settings for a task that is not known.
+        RopeError: If there are settings for an unknown task.
     """
     for name, value in metadata.items():
         if name.startswith("rope_") and isinstance(value, Mapping):
@@ -62,13 +59,13 @@ def read_settings(metadata: Mapping[str, Any], options: Sequence[str]) -> Settin
     """Return the settings of a task.
 
     Args:
-        metadata: lm-eval's: of the YAML file, ``--metadata`` and ``--model_args`` in one.
+        metadata: lm-eval's metadata: the YAML file, ``--metadata`` and ``--model_args`` combined.
         options: Names of the task's options.
 
     Raises:
-        RopeError: If a setting is missing, wrong or misspelt, or a length is beyond the model's.
+        RopeError: If a setting is missing, invalid or misspelled, or a length exceeds the model's.
     """
-    _require_spelling(metadata, [*OWN, *options])
+    _require_spelling(metadata, [*SETTINGS, *options])
     lengths = _lengths(metadata)
     _require_reach(metadata, max(lengths))
     return Settings(
@@ -79,23 +76,16 @@ def read_settings(metadata: Mapping[str, Any], options: Sequence[str]) -> Settin
         options={
             name: metadata[name]
             for name in options
-            if name in metadata and not _is_the_patchs(name, metadata[name])
+            if name in metadata and not _is_patch_argument(name, metadata[name])
         },
     )
 
 
-def trained_length_of(model: nn.Module) -> int | None:
-    """Return the trained length of a model, None where its config has none."""
-    patch = patch_of(model)
-    sites = read_sites(model) if patch is None else patch.sites
-    return sites[0].geometry.original_max_position_embeddings
-
-
 def trained_length(metadata: Mapping[str, Any]) -> int:
-    """Return the trained length of the model that metadata speak of.
+    """Return the trained length of the model that the metadata names.
 
     Raises:
-        RopeError: If they do not say which.
+        RopeError: If it names none.
     """
     trained = metadata.get("trained_length")
     if trained is None and isinstance(metadata.get("pretrained"), str):
@@ -106,52 +96,49 @@ def trained_length(metadata: Mapping[str, Any]) -> int:
         )[0].geometry.original_max_position_embeddings
     if trained is None:
         raise RopeError(
-            "the model's trained length is not known; say it: --metadata trained_length=4096."
+            "the model's trained length is not known; give it: --metadata trained_length=4096."
         )
     return int(trained)
 
 
-def _is_the_patchs(name: str, value: Any) -> bool:
-    """Return whether a setting is an argument of `patch_model`: the temperature in words."""
+def _is_patch_argument(name: str, value: Any) -> bool:
+    """Return whether a setting belongs to `patch_model`, such as ``temperature="logits"``."""
     return name in PATCH_ARGUMENTS and isinstance(value, str)
 
 
 def _require_spelling(metadata: Mapping[str, Any], known: Sequence[str]) -> None:
-    """Check names as well as can be: arguments of any model are among them."""
+    """Reject near misses of known names; other names may be arguments of the model."""
     for name in metadata:
         if name not in known and name not in PATCH_ARGUMENTS:
-            near = difflib.get_close_matches(name, known, n=1, cutoff=0.8)
-            if near:
-                raise RopeError(f"metadata: unknown {name!r}. Did you mean {near[0]!r}?")
+            hint = suggest(name, known, cutoff=0.8)
+            if hint:
+                raise RopeError(f"metadata: unknown {name!r}.{hint}")
 
 
 def _lengths(metadata: Mapping[str, Any]) -> tuple[int, ...]:
-    given = metadata.get("lengths", LENGTHS)
-    text = given if isinstance(given, str) else ",".join(map(str, _listed(given)))
-    trained = trained_length(metadata) if "x" in text.lower() else 1
-    return parse_lengths(text, trained)
-
-
-def _listed(value: Any) -> Sequence[Any]:
-    return value if isinstance(value, list | tuple) else [value]
+    value = metadata.get("lengths", LENGTHS)
+    lengths = [str(length) for length in (value if isinstance(value, list | tuple) else [value])]
+    relative = any("x" in length.lower() for length in lengths)
+    trained = trained_length(metadata) if relative else 1
+    return tuple(sorted({n for length in lengths for n in parse_lengths(length, trained)}))
 
 
 def _tokenizer(metadata: Mapping[str, Any]) -> Any:
     from transformers import AutoTokenizer
 
-    found = metadata.get("tokenizer") or metadata.get("pretrained")
-    if found is None:
+    tokenizer = metadata.get("tokenizer") or metadata.get("pretrained")
+    if tokenizer is None:
         raise RopeError(
             "the tasks need the model's tokenizer: for a model in memory use "
             "hf_rope_ext.evals.lm_eval.tasks.task_manager(lm), else --metadata tokenizer=DIRECTORY."
         )
-    if not isinstance(found, str):
-        return found
-    if not metadata.get("tokenizer") and not (Path(found) / "tokenizer_config.json").is_file():
-        found = _base(found)
+    if not isinstance(tokenizer, str):
+        return tokenizer
+    if not metadata.get("tokenizer") and not (Path(tokenizer) / "tokenizer_config.json").is_file():
+        tokenizer = _base(tokenizer)
     settings = {"add_bos_token": metadata["add_bos_token"]} if "add_bos_token" in metadata else {}
     trusted = bool(metadata.get("trust_remote_code", False))
-    return AutoTokenizer.from_pretrained(found, trust_remote_code=trusted, **settings)
+    return AutoTokenizer.from_pretrained(tokenizer, trust_remote_code=trusted, **settings)
 
 
 def _base(name: str) -> str:
@@ -164,7 +151,7 @@ def _base(name: str) -> str:
 
 
 def _require_reach(metadata: Mapping[str, Any], longest: int) -> None:
-    """Check the length of a model that is not patched here: other models cut prompts in silence."""
+    """Check the length of an unpatched model, since other models truncate prompts silently."""
     from transformers import PreTrainedConfig
 
     name = metadata.get("pretrained")
@@ -179,6 +166,6 @@ def _require_reach(metadata: Mapping[str, Any], longest: int) -> None:
     )
     if reach is not None and longest > int(reach):
         raise RopeError(
-            f"a length of {longest} was asked for, but the model's is {reach}. Patch it to reach "
-            f"further (--model_args method=yarn,factor=4), or ask for shorter lengths."
+            f"a length of {longest} was requested, but the model's is {reach}. Extend it "
+            f"(--model_args method=yarn,factor=4), or request shorter lengths."
         )

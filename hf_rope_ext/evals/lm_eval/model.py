@@ -1,8 +1,8 @@
-"""lm-eval on a patched model: `RopeHFLM`, which lm-eval knows as ``hf_rope``.
+"""lm-eval on a patched model: `RopeHFLM`, registered as ``hf_rope``.
 
-It is lm-eval's own ``HFLM`` and gives its numbers, but for what goes wrong with long requests:
-those that do not fit raise instead of losing their beginning, logits are never held for a whole
-sequence, and no row of a batch changes another.
+It is lm-eval's ``HFLM`` with the same results, made safe for long requests: requests that do not
+fit raise instead of being truncated, logits are never materialized for a whole sequence, and no row
+of a batch affects another.
 """
 
 from collections.abc import Iterator, Sequence
@@ -32,26 +32,26 @@ from hf_rope_ext.saving.record import apply_record
 
 @register_model("hf_rope")
 class RopeHFLM(HFLM):  # type: ignore[misc]
-    """lm-eval's ``HFLM`` around a model with an extended context.
+    """lm-eval's ``HFLM`` for models with an extended context.
 
     Args:
-        pretrained: Directory or hub id of a model or of a PEFT adapter, or a model in memory. A
-            patch recorded in its config or beside the adapter is applied.
-        method: What to patch the model with, and with it any argument of `patch_model`: ``factor``,
-            ``replace``, the method's knobs. A model in memory is patched in place. None leaves it
-            as it is.
-        truncation: Whether a request longer than the model is scored after its beginning is cut
-            off, as lm-eval does. If not, it raises.
-        window: Tokens of a window of a rolling log-likelihood, the model's length if None.
-        stride: Tokens that are new in each of these windows, `window` if None.
-        device: If None, a GPU if there is one.
+        pretrained: Directory or hub id of a model or a PEFT adapter, or a model in memory. A patch
+            recorded in the config or beside the adapter is applied.
+        method: Method to patch the model with; None leaves it as it is. Any other argument of
+            `patch_model` may accompany it: ``factor``, ``replace``, the method's knobs. A model in
+            memory is patched in place.
+        truncation: Whether to truncate the beginning of requests longer than the model, as lm-eval
+            does, instead of raising.
+        window: Window length in tokens of rolling log-likelihoods; None for the model's length.
+        stride: New tokens per window; None for ``window``.
+        device: Device; None for a GPU if available.
         device_map: As in ``from_pretrained``.
-        **kwargs: HFLM's own arguments (``tokenizer``, ``peft``, ``dtype``, ``batch_size``,
-            ``max_length``...), and what is left ``from_pretrained``'s. A ``max_length`` beyond the
-            model's is how one measures an unpatched model past its length.
+        **kwargs: Arguments of HFLM (``tokenizer``, ``peft``, ``dtype``, ``batch_size``,
+            ``max_length``...) and of ``from_pretrained``. Set ``max_length`` to measure an
+            unpatched model beyond its length.
 
     Raises:
-        RopeError: If the model cannot be patched so, or an argument has no effect.
+        RopeError: If the model cannot be patched, or an argument has no effect.
     """
 
     _model: Any
@@ -73,8 +73,8 @@ class RopeHFLM(HFLM):  # type: ignore[misc]
         patch, kwargs = split(method, kwargs)
         self._patch_arguments = patch
         self._window = Window(window, stride)
-        self._cuts = bool(truncation)
-        self._cut = 0
+        self._truncates = bool(truncation)
+        self._truncated = 0
         if device_map is not None:
             kwargs.update(device_map=device_map, parallelize=True)
         if isinstance(pretrained, nn.Module):
@@ -91,19 +91,19 @@ class RopeHFLM(HFLM):  # type: ignore[misc]
         if isinstance(pretrained, nn.Module):
             self._patch()
         if hasattr(self, "accelerator"):
-            # HFLM splits requests over processes only where each has a GPU
+            # HFLM splits requests over processes only if each has a GPU
             self._rank = self.accelerator.process_index
             self._world_size = self.accelerator.num_processes
 
     def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = False) -> list[float]:
-        """Return the log-likelihood of whole texts, by windows of `window` and `stride` tokens."""
+        """Return the log-likelihoods of whole texts, in windows of ``window`` tokens."""
         windows: list[TokenRequest] = []
         owners: list[int] = []
         for number, request in enumerate(requests):
             tokens = self.tok_encode(request.args[0])
-            found = self._window.cut(tokens, self.prefix_token_id, self.max_length)
-            windows += found
-            owners += [number] * len(found)
+            parts = self._window.cut(tokens, self.prefix_token_id, self.max_length)
+            windows += parts
+            owners += [number] * len(parts)
         totals = [0.0] * len(requests)
         answers = self._loglikelihood_tokens(windows, disable_tqdm=disable_tqdm)
         for number, (log_likelihood, _) in zip(owners, answers, strict=True):
@@ -113,47 +113,47 @@ class RopeHFLM(HFLM):  # type: ignore[misc]
         return totals
 
     def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
-        """Return what the model writes after each prompt.
+        """Return the generated continuation of each prompt.
 
         Raises:
-            RopeError: If a prompt and what may be generated do not fit, before anything runs.
+            RopeError: If a prompt with its answer does not fit, before anything runs.
         """
         lengths = [len(self.tok_encode(request.args[0])) for request in requests]
         limits = [
             normalize_gen_kwargs(request.args[1], self.max_gen_toks)["max_gen_toks"]
             for request in requests
         ]
-        cut = 0
+        truncated = 0
         for length, limit in zip(lengths, limits, strict=True):
             if limit >= self.max_length:
                 raise RopeError(
                     f"{limit} tokens may be generated, but the model's length is "
-                    f"{self.max_length}; pass a smaller max_gen_toks."
+                    f"{self.max_length}; use a smaller max_gen_toks."
                 )
-            cut += self._exceeds(length, limit, "may be generated")
-        self._count(cut)
+            truncated += self._exceeds(length, limit, "may be generated")
+        self._count(truncated)
         texts: list[str] = [""] * len(requests)
-        for group, size in self._generated_together(requests, lengths, limits):
-            given = self.batch_size_per_gpu
+        for group, size in self._generation_batches(requests, lengths, limits):
+            batch_size = self.batch_size_per_gpu
             self.batch_size_per_gpu = size
             try:
-                found = super().generate_until(
+                answers = super().generate_until(
                     [requests[number] for number in group],
                     disable_tqdm=disable_tqdm or len(group) < len(requests),
                 )
             finally:
-                self.batch_size_per_gpu = given
-            for number, text in zip(group, found, strict=True):
+                self.batch_size_per_gpu = batch_size
+            for number, text in zip(group, answers, strict=True):
                 texts[number] = text
         return texts
 
-    def _generated_together(
+    def _generation_batches(
         self, requests: list[Any], lengths: list[int], limits: list[int]
     ) -> Iterator[tuple[list[int], int]]:
-        """Yield numbers of requests and the size of their batches.
+        """Yield indices of requests and their batch size.
 
-        Requests with a ``seed`` are samples of one prompt: they are one batch, so what is drawn
-        depends on nothing else.
+        Requests with a ``seed`` are samples of one prompt. They form a batch of their own, so that
+        sampling depends on nothing else.
         """
         seeded: dict[str, list[int]] = {}
         free: list[int] = []
@@ -163,7 +163,7 @@ class RopeHFLM(HFLM):  # type: ignore[misc]
             else:
                 free.append(number)
         for group in self._groups([lengths[number] for number in free]):
-            numbers = [free[place] for place in group]
+            numbers = [free[index] for index in group]
             longest = max(lengths[number] + limits[number] for number in numbers)
             yield numbers, self._rows(longest)
         for numbers in seeded.values():
@@ -181,29 +181,29 @@ class RopeHFLM(HFLM):  # type: ignore[misc]
             return super()._model_generate(context, **settings)  # type: ignore[no-any-return]
 
     def measured(self, requests: list[Any]) -> list[dict[str, Any]]:
-        """Return what our tasks over a text measure with the model itself.
+        """Return the results of our text tasks, which call the model themselves.
 
         Raises:
-            RopeError: If a length is beyond the model's.
+            RopeError: If a length exceeds the model's.
         """
-        found = []
+        results = []
         for request in requests:
             _, length, run = request.args
             if length > self.max_length:
                 raise RopeError(
-                    f"a length of {length} was asked for, but the model's is {self.max_length}."
+                    f"a length of {length} was requested, but the model's is {self.max_length}."
                 )
-            found.append(run(self.model, self._rows(length)))
-        return found
+            results.append(run(self.model, self._rows(length)))
+        return results
 
     def get_model_info(self) -> dict[str, Any]:
-        """Return lm-eval's information about a model, and what its RoPE computes."""
+        """Return lm-eval's information about the model, extended by its RoPE in force."""
         rope = self._described()
         return {
             **super().get_model_info(),
             "rope": None if rope is None else rope.to_dict(),
             "hf_rope_ext": version("hf-rope-ext"),
-            "truncated_requests": self._cut,
+            "truncated_requests": self._truncated,
         }
 
     def _get_config(self, pretrained: str, *, gguf_file: str | None = None, **kwargs: Any) -> None:
@@ -215,7 +215,7 @@ class RopeHFLM(HFLM):  # type: ignore[misc]
 
     def _create_model(self, pretrained: str, *, peft: str | None = None, **kwargs: Any) -> None:
         if peft is not None and kwargs.get("delta") is not None:
-            raise RopeError("peft and delta cannot both be given.")
+            raise RopeError("peft and delta cannot be combined.")
         if self._record is not None:
             kwargs["config"] = self._config
         super()._create_model(pretrained, **kwargs)
@@ -234,8 +234,8 @@ class RopeHFLM(HFLM):  # type: ignore[misc]
     ) -> dict[str, Any]:
         limited = kwargs.get("max_memory_per_gpu") or kwargs.get("max_cpu_memory")
         if device_map is None or limited:
-            found: dict[str, Any] = super()._get_accelerate_args(parallelize, device_map, **kwargs)
-            return found
+            stock: dict[str, Any] = super()._get_accelerate_args(parallelize, device_map, **kwargs)
+            return stock
         return {"device_map": device_map, "offload_folder": kwargs.get("offload_folder")}
 
     def _patch(self) -> None:
@@ -254,7 +254,7 @@ class RopeHFLM(HFLM):  # type: ignore[misc]
         disable_tqdm: bool = False,
         override_bs: int | None = None,
     ) -> list[tuple[float, bool]]:
-        """Return log-likelihoods of continuations, and whether greedy decoding writes them."""
+        """Return log-likelihoods of continuations, and whether greedy decoding yields them."""
         sharing = self._inputs(requests)
         inputs = sorted(sharing, key=len, reverse=True)
         answers: list[tuple[float, bool]] = [(0.0, False)] * len(requests)
@@ -274,19 +274,19 @@ class RopeHFLM(HFLM):  # type: ignore[misc]
         return answers
 
     def _inputs(self, requests: Sequence[TokenRequest]) -> dict[tuple[int, ...], list[int]]:
-        """Return the distinct inputs, all of a request but its last token, and whose they are."""
+        """Map each distinct input (a request but its last token) to the requests that share it."""
         sharing: dict[tuple[int, ...], list[int]] = {}
-        cut = 0
+        truncated = 0
         for number, (_, context, continuation) in enumerate(requests):
             if len(continuation) > self.max_length:
                 raise RopeError(
                     f"a continuation of {len(continuation)} tokens is longer than the model's "
                     f"length of {self.max_length}."
                 )
-            cut += self._exceeds(len(context) + len(continuation) - 1, 0, "are scored")
+            truncated += self._exceeds(len(context) + len(continuation) - 1, 0, "are scored")
             tokens = (context + continuation)[-self.max_length - 1 : -1]
             sharing.setdefault(tuple(tokens), []).append(number)
-        self._count(cut)
+        self._count(truncated)
         return sharing
 
     def _batches(
@@ -303,7 +303,7 @@ class RopeHFLM(HFLM):  # type: ignore[misc]
         numbers: list[list[int]],
         requests: Sequence[TokenRequest],
     ) -> Iterator[tuple[int, tuple[float, bool]]]:
-        """Yield the number of each request that shares one of these inputs, and its answer."""
+        """Yield the index and the answer of each request that shares one of these inputs."""
         where: list[tuple[int, int]] = []
         targets: list[int] = []
         spans: list[tuple[int, int]] = []
@@ -336,10 +336,10 @@ class RopeHFLM(HFLM):  # type: ignore[misc]
             )
 
     def _groups(self, lengths: list[int]) -> list[list[int]]:
-        """Return numbers of requests that may share a batch, longest first.
+        """Return groups of requests that may share a batch, longest first.
 
-        Where the frequencies follow the length of a request, that is those of the same length:
-        padding then plays no part.
+        With length-dependent frequencies, only requests of the same length do, so that padding has
+        no effect.
         """
         order = sorted(range(len(lengths)), key=lambda number: -lengths[number])
         if not order or not self._length_dependent():
@@ -358,7 +358,7 @@ class RopeHFLM(HFLM):  # type: ignore[misc]
         return any(site.scaling in ("dynamic", "longrope") for site in sites)
 
     def _rows(self, length: int) -> int:
-        """Return the batch size, found by trying where it is ``"auto"``."""
+        """Return the batch size for a length, found by trial if it is ``"auto"``."""
         if self.batch_size != "auto":
             return int(self.batch_size)
         if length not in self.batch_sizes:
@@ -377,26 +377,28 @@ class RopeHFLM(HFLM):  # type: ignore[misc]
         return int(self.all_gather(torch.tensor([try_rows()], device=self.device)).min())
 
     def _exceeds(self, tokens: int, more: int, what: str) -> bool:
-        """Return whether a request will be cut.
+        """Return whether a request has to be truncated.
 
         Raises:
-            RopeError: If it is too long and must not be cut.
+            RopeError: If it does, but truncation is off.
         """
         total = tokens + more
         if total <= self.max_length:
             return False
-        if self._cuts:
+        if self._truncates:
             return True
         parts = f"{tokens} tokens" + (f", and {more} {what}" if more else "")
         stretch = total / self.max_length
         raise RopeError(
             f"a request has {parts}, but the model's length is {self.max_length}: lm-eval would "
-            f"score it with its beginning cut off. Patch the model to reach {stretch:.3g} times "
-            f"as far (--model_args method=yarn,factor=4), ask for shorter requests, or pass "
-            f"max_length to measure it beyond its length, or truncation=True to have them cut."
+            f"score it truncated. Extend the model {stretch:.3g} times (--model_args "
+            f"method=yarn,factor=4), use shorter requests, pass max_length to measure the model "
+            f"beyond its length, or pass truncation=True."
         )
 
-    def _count(self, cut: int) -> None:
-        """Add to the number of requests cut, over all processes."""
-        if self._cuts:
-            self._cut += int(self.all_gather(torch.tensor([cut], device=self.device)).sum())
+    def _count(self, truncated: int) -> None:
+        """Add to the number of truncated requests, over all processes."""
+        if self._truncates:
+            self._truncated += int(
+                self.all_gather(torch.tensor([truncated], device=self.device)).sum()
+            )

@@ -1,44 +1,38 @@
-"""The windows in which `RopeHFLM` takes the log-likelihood of a long text."""
+"""Windows for rolling log-likelihoods of long texts."""
 
 from dataclasses import dataclass
 from typing import Any
 
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
-from hf_rope_ext.errors import RopeError
+from hf_rope_ext.checks import require_integer
 
 TokenRequest = tuple[Any, list[int], list[int]]
-"""What is asked for a log-likelihood: lm-eval's key (or None), context, continuation."""
+"""A log-likelihood request: lm-eval's key (or None), context, continuation."""
 
 
 @dataclass(frozen=True)
 class Window:
-    """How `RopeHFLM` cuts a long text for its perplexity.
+    """How `RopeHFLM` splits a long text.
 
     Args:
-        length: Tokens of a window, the model's length if None.
-        stride: Tokens that are new in each window after the first, scored with all the others
-            before them; the window's length if None, which is lm-eval's definition.
+        length: Window length in tokens; None for the model's length.
+        stride: New tokens scored in each window after the first, the others being their context;
+            None for the window length, which is lm-eval's definition.
     """
 
     length: int | None = None
     stride: int | None = None
 
     def cut(self, tokens: list[int], prefix: int, max_length: int) -> list[TokenRequest]:
-        """Return the windows of a text, each with the tokens that are scored in it.
+        """Return the windows of a text, each with the tokens to score.
 
         Raises:
-            RopeError: If window or stride is not between 1 and what it may be.
+            RopeError: If window or stride is out of range.
         """
-        length = _within("window", self.length, max_length)
-        stride = _within("stride", self.stride, length)
+        length = max_length if self.length is None else self.length
+        require_integer("window", length, 1, max_length, unit="tokens")
+        stride = length if self.stride is None else self.stride
+        require_integer("stride", stride, 1, length, unit="tokens")
         windows = get_rolling_token_windows(tokens, prefix, length, length - stride + 1)
         return [(None, *make_disjoint_window(pair)) for pair in windows]
-
-
-def _within(name: str, value: int | None, most: int) -> int:
-    if value is None:
-        return most
-    if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= most:
-        raise RopeError(f"{name} must be a number of tokens from 1 to {most}, got {value!r}.")
-    return value

@@ -1,10 +1,10 @@
-"""BABILong-style questions: bAbI facts, in order, among prose (arXiv:2406.10149, 1502.05698)."""
+"""BABILong-style questions: bAbI facts, in order, in prose (arXiv:2406.10149, 1502.05698)."""
 
 import random
 from dataclasses import dataclass
 
-from hf_rope_ext.errors import RopeError
-from hf_rope_ext.evals.tasks.base import Draft, Place, Task
+from hf_rope_ext.checks import require_choice, require_integer
+from hf_rope_ext.evals.tasks.base import DocumentTask, Draft, Place
 from hf_rope_ext.evals.tasks.prose import sentences
 from hf_rope_ext.evals.tasks.scorers import label_match
 
@@ -25,13 +25,13 @@ EXAMPLES = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class Babi(Task):
-    """Where is someone, where is something, where was it before; the unit is a prose sentence.
+class Babi(DocumentTask):
+    """Where a person or thing is, or was before, from facts spread over prose (unit: a sentence).
 
     Args:
-        facts: How many facts the answer needs: 1, 2 or 3 (bAbI tasks qa1 to qa3).
-        steps: How many events are told in all.
-        haystack: A UTF-8 text to spread the facts over; prose is generated where it is empty.
+        facts: Number of facts needed for the answer: 1, 2 or 3 (bAbI tasks qa1 to qa3).
+        steps: Total number of events.
+        haystack: UTF-8 text file to spread the facts over; generated prose if empty.
     """
 
     max_new_tokens: int = 16
@@ -41,10 +41,8 @@ class Babi(Task):
 
     def check(self) -> None:
         """Check the options."""
-        if self.facts not in EXAMPLES or self.steps < 4:
-            raise RopeError(
-                f"facts must be 1, 2 or 3 and steps at least 4, got {self.facts!r}, {self.steps!r}."
-            )
+        require_choice("facts", self.facts, EXAMPLES)
+        require_integer("steps", self.steps, 4)
 
     def draft(self, draw: random.Random, size: int, place: Place) -> Draft:
         """Return a story spread over ``size`` sentences of prose."""
@@ -53,12 +51,12 @@ class Babi(Task):
         places = sorted(draw.choices(range(size + 1), k=len(events)))
         for shift, (at, event) in enumerate(zip(places, events, strict=True)):
             text.insert(at + shift, event)
-        told, asked, answered = EXAMPLES[self.facts]
+        story, asked, reply = EXAMPLES[self.facts]
         return Draft(
             prompt=(
                 "A text tells where people go and what they carry; the rest of it does not matter. "
                 "Answer the question with one word.\n\n"
-                f"Text: {told}\nQuestion: {asked}\nAnswer: {answered}\n\n"
+                f"Text: {story}\nQuestion: {asked}\nAnswer: {reply}\n\n"
                 f"Text: {' '.join(text)}\nQuestion: {question}"
             ),
             answer="\nAnswer:",
@@ -70,25 +68,25 @@ class Babi(Task):
     def score(self, gold: tuple[str, ...], prediction: str) -> dict[str, float]:
         """Return 1 if the first sentence names the right room and no other.
 
-        Beside the answer, ``gold`` holds the rooms that the question names; they do not count.
+        The other entries of ``gold`` are rooms that the question names; they are ignored.
         """
         return {"score": label_match(prediction, gold[0], ROOMS, gold[1:])}
 
 
 def tell(draw: random.Random, facts: int, steps: int) -> tuple[list[str], str, str]:
-    """Return events in order, a question on them, and its answer."""
+    """Return events in order, a question about them, and its answer."""
     while True:
-        told = _Story(draw)
+        story = _Story(draw)
         for _ in range(steps):
-            told.step(with_things=facts > 1)
-        answers = told.answers(facts)
+            story.step(with_things=facts > 1)
+        answers = story.answers(facts)
         if answers:
             question, answer = draw.choice(answers)
-            return told.events, question, answer
+            return story.events, question, answer
 
 
 class _Story:
-    """People who walk and carry things, and where everything has been."""
+    """People who move and carry things, and the rooms that everything has been in."""
 
     def __init__(self, draw: random.Random) -> None:
         self.draw = draw
@@ -103,7 +101,7 @@ class _Story:
         free = [thing for thing in THINGS if thing not in self.holder]
         if with_things and who in self.room and free and draw.random() < 0.4:
             thing = draw.choice(free)
-            # a thing is wherever it is first taken, and stays where it is put down
+            # a thing starts where it is first taken, and stays where it is dropped
             places = self.been.setdefault(thing, [])
             if not places or places[-1] == self.room[who]:
                 self.holder[thing] = who

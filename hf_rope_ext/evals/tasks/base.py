@@ -1,13 +1,18 @@
-"""What a task is: drafts of any size, the fit of a draft to a length, and a pure scorer."""
+"""The kinds of evaluation tasks, and the questions they draft."""
 
 import abc
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
+from torch import nn
+
+from hf_rope_ext.checks import require_bool, require_choice, require_integer, require_number
 from hf_rope_ext.errors import RopeError
-from hf_rope_ext.evals.text import encode, require_answer
+from hf_rope_ext.evals.bench import Advance, Bench
+from hf_rope_ext.evals.tasks.frames import GRID, Frame
+from hf_rope_ext.evals.tasks.scorers import string_match_all
 
 Kind = Literal["generate", "loglikelihood"]
 DEPTHS = (0.0, 0.25, 0.5, 0.75, 1.0)
@@ -15,13 +20,13 @@ DEPTHS = (0.0, 0.25, 0.5, 0.75, 1.0)
 
 @dataclass(frozen=True)
 class Place:
-    """Where a document belongs in the grid of a task.
+    """Position of a question in the grid of a task.
 
     Args:
-        length: Its budget in tokens.
-        depth: Where the needle is, 0 (start) to 1 (end); None where the task has no depths.
-        group: What it is reported under beside its length; None where the task has no groups.
-        index: Of the sample.
+        length: Context length in tokens, answer included.
+        depth: Relative position of the needle, 0 (start) to 1 (end); None without depths.
+        group: Label of a subset that is also reported separately; None without groups.
+        index: Number of the sample.
     """
 
     length: int
@@ -32,14 +37,14 @@ class Place:
 
 @dataclass(frozen=True)
 class Draft:
-    """A question at one size, before it is known whether it fits.
+    """A question of a given size, not yet known to fit the context length.
 
     Args:
         prompt: Context and question.
-        answer: The beginning of the answer, which the model continues.
-        target: The rest of the right answer, for teacher-forced scoring.
-        gold: What a prediction is held against.
-        metadata: What else a report may want to know.
+        answer: Opening of the answer, which the model continues.
+        target: Rest of the correct answer, for teacher forcing.
+        gold: Reference answers.
+        metadata: Further fields for reports.
     """
 
     prompt: str
@@ -50,56 +55,96 @@ class Draft:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Task(abc.ABC):
-    """One kind of question; subclasses are frozen dataclasses whose fields are its options.
+class Task:
+    """An evaluation task; subclasses are frozen dataclasses whose fields are its options."""
+
+    metric: ClassVar[str] = "score"
+    """Key of the number that tables and plots show."""
+
+    def check(self) -> None:
+        """Raise `RopeError` if an option is out of range or required data is missing."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextTask(Task, abc.ABC):
+    """A quantity measured on the tokens of a text, in forward passes only."""
+
+    def lengths(self, bench: Bench, requested: tuple[int, ...]) -> tuple[int, ...]:
+        """Return the context lengths to measure at."""
+        return requested
+
+    @abc.abstractmethod
+    def require_text(self, bench: Bench) -> None:
+        """Raise `RopeError` if the text is too short or the tokenizer unsuitable."""
+
+    @abc.abstractmethod
+    def units(self, bench: Bench, length: int) -> int:
+        """Return the number of samples per cell.
+
+        Raises:
+            RopeError: If the length is too short for the task.
+        """
+
+    @abc.abstractmethod
+    def measure(
+        self, bench: Bench, model: nn.Module, length: int, size: int, advance: Advance
+    ) -> dict[str, Any]:
+        """Return the results of one cell, from batches of at most ``size`` rows."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class QuestionTask(Task, abc.ABC):
+    """A task of questions that fill a context length exactly.
 
     Args:
-        max_new_tokens: Tokens kept free for a generated answer.
-        template_tokens: Tokens kept free for a chat template.
+        max_new_tokens: Tokens reserved for a generated answer.
+        template_tokens: Tokens reserved for a chat template.
     """
-
-    kind: ClassVar[Kind] = "generate"
-    smallest: ClassVar[int] = 0
 
     max_new_tokens: int = 32
     template_tokens: int = 0
 
     @abc.abstractmethod
     def draft(self, draw: random.Random, size: int, place: Place) -> Draft:
-        """Return a question whose context has ``size`` units; more units are never fewer tokens."""
+        """Return a question over ``size`` units; its token count must not fall with ``size``."""
 
-    @abc.abstractmethod
     def score(self, gold: tuple[str, ...], prediction: str) -> dict[str, float]:
-        """Return the scores of a prediction, ``"score"`` among them."""
-
-    @property
-    def sampling(self) -> dict[str, Any] | None:
-        """How answers are sampled; None for greedy decoding."""
-        return None
-
-    def largest(self, place: Place) -> int:
-        """Return the most units there can be."""
-        return 1 << 40
+        """Return the scores of a prediction; by default the fraction of answers it contains."""
+        return {"score": string_match_all(prediction, gold)}
 
     def cells(self) -> list[tuple[float | None, str | None]]:
-        """Return the depths and groups that are measured at every length."""
+        """Return the (depth, group) pairs to measure at every length."""
         return [(None, None)]
-
-    def check(self) -> None:  # noqa: B027 - most tasks need nothing
-        """Raise `RopeError` if an option is out of range or something needed is missing."""
-
-    def score_samples(self, gold: tuple[str, ...], predictions: list[str]) -> dict[str, float]:
-        """Return the scores of several sampled answers to one question."""
-        scores = [self.score(gold, one) for one in predictions]
-        return {name: sum(one[name] for one in scores) / len(scores) for name in scores[0]}
 
 
 @dataclass(frozen=True, kw_only=True)
-class DepthTask(Task):
-    """A task that hides something at a depth.
+class DocumentTask(QuestionTask):
+    """A question task in plain text."""
+
+    kind: ClassVar[Kind] = "generate"
+    smallest: ClassVar[int] = 0
+
+    @property
+    def sampling(self) -> dict[str, Any] | None:
+        """Sampling settings for generation; None for greedy decoding."""
+        return None
+
+    def largest(self, place: Place) -> int:
+        """Return the maximum number of units."""
+        return 1 << 40
+
+    def score_samples(self, gold: tuple[str, ...], predictions: list[str]) -> dict[str, float]:
+        """Return the combined scores of several sampled answers to one question."""
+        scores = [self.score(gold, prediction) for prediction in predictions]
+        return {name: sum(row[name] for row in scores) / len(scores) for name in scores[0]}
+
+
+@dataclass(frozen=True, kw_only=True)
+class DepthTask(DocumentTask):
+    """A document task that hides something at a depth.
 
     Args:
-        depths: Where, 0 (start) to 1 (end).
+        depths: Relative positions, 0 (start) to 1 (end).
     """
 
     depths: tuple[float, ...] = DEPTHS
@@ -110,113 +155,62 @@ class DepthTask(Task):
 
     def check(self) -> None:
         """Check the depths."""
-        if not self.depths or not all(0 <= depth <= 1 for depth in self.depths):
-            raise RopeError(f"depths must be numbers from 0 to 1, got {self.depths!r}.")
+        require_depths(self.depths)
 
 
-def build(
-    name: str, task: Task, tokenizer: Any, lengths: list[int], samples: int, seed: int
-) -> Iterator[dict[str, Any]]:
-    """Yield the documents of a task, with lengths and depths interleaved."""
-    guesses: dict[tuple[int, str | None], int] = {}
-    for index in range(samples):
-        for depth, group in task.cells():
-            for length in lengths:
-                place = Place(length, depth, group, index)
-                key = (length, group)
-                document, guesses[key] = _fitted(name, task, tokenizer, place, seed, guesses)
-                yield document
-
-
-def _fitted(
-    name: str,
-    task: Task,
-    tokenizer: Any,
-    place: Place,
-    seed: int,
-    guesses: dict[tuple[int, str | None], int],
-) -> tuple[dict[str, Any], int]:
-    """Return the largest document that fits, and its size."""
-    stream = f"{seed}/{name}/{place.length}/{place.depth}/{place.group}/{place.index}"
-
-    def at(size: int) -> Draft:
-        return task.draft(random.Random(stream), size, place)
-
-    def tokens(size: int) -> int:
-        return needed(task, tokenizer, at(size))
-
-    guess = guesses.get((place.length, place.group), place.length // 16)
-    limits = (task.smallest, task.largest(place))
-    size = fit(tokens, place.length, limits, guess)
-    if size is None:
-        raise RopeError(
-            f"{name}: a length of {place.length} has no room for the task, which takes at least "
-            f"{tokens(task.smallest)} tokens of this tokenizer, the answer's included."
-        )
-    found = at(size)
-    for answer in found.gold:
-        require_answer(tokenizer, answer, name)
-    used = len(encode(tokenizer, found.prompt + found.answer))
-    return {
-        "task": name,
-        "length": place.length,
-        "index": place.index,
-        "depth": place.depth,
-        "group": place.group,
-        "kind": task.kind,
-        "prompt": found.prompt,
-        "answer": found.answer,
-        "target": found.target,
-        "gold": list(found.gold),
-        "max_new_tokens": task.max_new_tokens,
-        "tokens": used,
-        "sampling": task.sampling,
-        "metadata": {"seed": seed, "size": size, **found.metadata},
-    }, size
-
-
-def needed(task: Task, tokenizer: Any, draft: Draft) -> int:
-    """Return the tokens a draft takes, its answer and a chat template included."""
-    asked = draft.prompt + draft.answer
-    if task.kind == "loglikelihood":
-        return task.template_tokens + len(encode(tokenizer, asked + draft.target))
-    return task.template_tokens + len(encode(tokenizer, asked)) + task.max_new_tokens
-
-
-def fit(
-    tokens: Callable[[int], int], budget: int, limits: tuple[int, int], guess: int
-) -> int | None:
-    """Return a size that fits while one unit more does not, or the largest size if that fits.
-
-    A binary search whose first steps go where the tokens per unit seen so far point.
+@dataclass(frozen=True, kw_only=True)
+class FrameDraft(Draft):
+    """A question about frames, which are shown between ``opening`` and ``prompt``.
 
     Args:
-        tokens: Tokens of a size.
-        budget: The most tokens allowed.
-        limits: Smallest and largest size.
-        guess: A size to start near.
-
-    Returns:
-        The size; None if the smallest does not fit.
+        frames: The frames, in order.
+        opening: Text before the frames.
     """
-    smallest, largest = limits
-    low, low_tokens = smallest, tokens(smallest)
-    if low_tokens > budget:
-        return None
-    high = largest + 1
-    size = min(max(guess, smallest + 1), largest)
-    for step in range(200):
-        if high - low <= 1:
-            break
-        found = tokens(size)
-        if found > budget:
-            high = size
-        else:
-            low = size
-        if size > smallest and found > low_tokens and step < 8:
-            unit = (found - low_tokens) / (size - smallest)
-            size = smallest + int((budget - low_tokens) / unit)
-        else:
-            size = (low + high) // 2 if high <= largest else 2 * low + 1
-        size = min(max(size, low + 1), max(high - 1, low + 1))
-    return low
+
+    frames: tuple[Frame, ...] = ()
+    opening: str = "These are the frames of a film, in order."
+
+
+@dataclass(frozen=True, kw_only=True)
+class FrameTask(QuestionTask):
+    """A question task over drawn frames, for models that take images.
+
+    Args:
+        depths: Relative positions of the frame in question, 0 (start) to 1 (end).
+        generated: Whether the answer is generated instead of teacher-forced.
+        media: ``"images"``, shown one by one, or ``"video"``, in the format of the processor.
+        pixels: Height and width of a frame.
+    """
+
+    max_new_tokens: int = 8
+    depths: tuple[float, ...] = DEPTHS
+    generated: bool = False
+    media: Literal["images", "video"] = "images"
+    pixels: int = 112
+
+    @abc.abstractmethod
+    def draft(self, draw: random.Random, size: int, place: Place) -> FrameDraft:
+        """Return a question about ``size`` frames."""
+
+    def cells(self) -> list[tuple[float | None, str | None]]:
+        """Return one cell per depth."""
+        return [(depth, None) for depth in self.depths]
+
+    def check(self) -> None:
+        """Check the options."""
+        require_depths(self.depths)
+        require_bool("generated", self.generated)
+        require_choice("media", self.media, ("images", "video"))
+        require_integer("pixels", self.pixels, 8 * GRID)
+
+
+def require_depths(depths: Sequence[float]) -> None:
+    """Check that depths are numbers from 0 to 1.
+
+    Raises:
+        RopeError: If they are not, or there are none.
+    """
+    if not isinstance(depths, tuple | list) or not depths:
+        raise RopeError(f"depths must be a list of numbers from 0 to 1, got {depths!r}.")
+    for depth in depths:
+        require_number("each of depths", depth, least=0, most=1)

@@ -5,39 +5,28 @@ import random
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from hf_rope_ext.errors import RopeError
-from hf_rope_ext.evals.tasks.base import Draft, Place, Task
+from hf_rope_ext.checks import require_choice, require_integer, require_number
+from hf_rope_ext.evals.tasks.base import DocumentTask, Draft, Place
 from hf_rope_ext.evals.tasks.prose import sentences
 from hf_rope_ext.evals.tasks.scorers import final_answer, first_number, majority
 
 NAMES = [
-    "amber",
-    "basil",
-    "cedar",
-    "denim",
-    "ember",
-    "flint",
-    "grove",
-    "hazel",
-    "ivory",
-    "jasper",
-    "kelp",
-    "lotus",
-    "maple",
-]
+    "amber", "basil", "cedar", "denim", "ember", "flint", "grove", "hazel", "ivory", "jasper",
+    "kelp", "lotus", "maple",
+]  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
-class Chain(Task):
-    """Each number is the one before plus a small one; prose stands between the statements.
+class Chain(DocumentTask):
+    """A chain of sums spread over prose: each number is the previous one plus a small one.
 
     Args:
         mode: ``"direct"``, ``"cot"`` (chain of thought, Wei et al., 2022, arXiv:2201.11903) or
             ``"maj"`` (self-consistency, Wang et al., 2022, arXiv:2203.11171).
-        hops: Sums from the first number to the one asked for.
-        n: Samples of each question under ``"maj"``.
-        temperature: Of these samples.
-        haystack: A UTF-8 text to spread the statements over; generated where it is empty.
+        hops: Number of sums between the first and the requested number.
+        n: Samples per question for ``"maj"``.
+        temperature: Sampling temperature for ``"maj"``.
+        haystack: UTF-8 text file to spread the statements over; generated prose if empty.
     """
 
     max_new_tokens: int = 8
@@ -49,17 +38,14 @@ class Chain(Task):
 
     def check(self) -> None:
         """Check the options."""
-        if not 1 <= self.hops < len(NAMES):
-            raise RopeError(f"hops must be from 1 to {len(NAMES) - 1}, got {self.hops!r}.")
-        if self.n < 1 or self.temperature <= 0:
-            raise RopeError(
-                f"n must be at least 1 and temperature above 0, got {self.n!r} and "
-                f"{self.temperature!r}."
-            )
+        require_choice("mode", self.mode, ("direct", "cot", "maj"))
+        require_integer("hops", self.hops, 1, len(NAMES) - 1)
+        require_integer("n", self.n, 1)
+        require_number("temperature", self.temperature, above=0)
 
     @property
     def sampling(self) -> dict[str, Any] | None:
-        """How answers are sampled; None for greedy decoding."""
+        """Sampling settings for generation; None for greedy decoding."""
         return {"n": self.n, "temperature": self.temperature} if self.mode == "maj" else None
 
     def draft(self, draw: random.Random, size: int, place: Place) -> Draft:
@@ -90,12 +76,12 @@ class Chain(Task):
         )
 
     def score(self, gold: tuple[str, ...], prediction: str) -> dict[str, float]:
-        """Return 1 if the number is right: the first of a direct answer, else the final one."""
+        """Return 1 if the number is correct: the first of a direct answer, else the final one."""
         return {"score": float(self._answer(prediction) == gold[0])}
 
     def score_samples(self, gold: tuple[str, ...], predictions: list[str]) -> dict[str, float]:
-        """Return maj@n as the score, the share of the winner, and the share of right samples."""
-        answers = [self._answer(one) for one in predictions]
+        """Return maj@n as the score, the fraction of votes for it, and pass@1."""
+        answers = [self._answer(prediction) for prediction in predictions]
         winner, confidence = majority(answers)
         return {
             "score": float(winner == gold[0]),

@@ -1,4 +1,4 @@
-"""Frames drawn from rectangles: scenes, and cards with one digit in a color; needs Pillow."""
+"""Frames drawn from rectangles: scenes, and cards that show a colored digit; needs Pillow."""
 
 import random
 from dataclasses import dataclass
@@ -14,23 +14,15 @@ COLORS = {
     "pink": (240, 80, 200),
 }
 GRID = 3
-"""Rows and columns of places where a card can be."""
+"""Rows and columns of the grid that cards are placed on."""
 
-# the lit segments of each digit: top, upper left, upper right, middle, lower left, lower right,
-# bottom; so there is no font to depend on
-SEGMENTS = (
-    "1110111",
-    "0010010",
-    "1011101",
-    "1011011",
-    "0111010",
-    "1101011",
-    "1101111",
-    "1010010",
-    "1111111",
-    "1111011",
-)
-# of a card: left, top, right, bottom
+# lit segments of each digit: top, upper left, upper right, middle, lower left, lower right,
+# bottom; this avoids depending on a font
+SEGMENTS = [
+    "1110111", "0010010", "1011101", "1011011", "0111010", "1101011", "1101111", "1010010",
+    "1111111", "1111011",
+]  # fmt: skip
+# left, top, right, bottom of each segment, relative to the card
 STROKES = (
     (0.26, 0.10, 0.74, 0.22),
     (0.20, 0.10, 0.34, 0.56),
@@ -44,13 +36,13 @@ STROKES = (
 
 @dataclass(frozen=True)
 class Card:
-    """A digit on white, in one of `GRID` x `GRID` places of its frame.
+    """A digit on white, in one of `GRID` x `GRID` cells of a frame.
 
     Args:
-        digit: 0 to 9.
-        color: Of `COLORS`.
-        row: From the top.
-        column: From the left.
+        digit: The digit, 0 to 9.
+        color: One of `COLORS`.
+        row: Row of the grid, from the top.
+        column: Column of the grid, from the left.
     """
 
     digit: int
@@ -61,11 +53,11 @@ class Card:
 
 @dataclass(frozen=True)
 class Frame:
-    """What one frame shows.
+    """The content of a frame.
 
     Args:
-        scene: Seed of the dull rectangles behind.
-        card: What lies on them.
+        scene: Seed of the dull background rectangles.
+        card: The card in front of them.
     """
 
     scene: str
@@ -99,7 +91,7 @@ def _draw_card(brush: Any, card: Card, pixels: int) -> None:
     left, top = card.column * side, card.row * side
 
     def rectangle(box: tuple[float, float, float, float], fill: tuple[int, int, int]) -> None:
-        x0, y0, x1, y1 = (round(one) for one in box)
+        x0, y0, x1, y1 = map(round, box)
         brush.rectangle([x0, y0, x1 - 1, y1 - 1], fill=fill)
 
     rectangle((left, top, left + side, top + side), (255, 255, 255))
@@ -110,7 +102,7 @@ def _draw_card(brush: Any, card: Card, pixels: int) -> None:
 
 
 def _dull(draw: random.Random) -> tuple[int, int, int]:
-    """Return a color that is none of a card's."""
+    """Return a color that no card has."""
     gray = draw.randrange(110, 190)
     red, green, blue = (gray + draw.randrange(-20, 21) for _ in range(3))
     return red, green, blue

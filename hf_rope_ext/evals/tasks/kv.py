@@ -6,19 +6,18 @@ import uuid
 from dataclasses import dataclass
 
 from hf_rope_ext.evals.tasks.base import DepthTask, Draft, Place
-from hf_rope_ext.evals.tasks.scorers import string_match_all
 
 
 @dataclass(frozen=True, kw_only=True)
 class KeyValue(DepthTask):
-    """The value of one key of a JSON object of random UUIDs; the unit is one pair."""
+    """The value of one key in a JSON object of random UUIDs (unit: a pair)."""
 
     smallest = 1
 
     max_new_tokens: int = 64
 
     def draft(self, draw: random.Random, size: int, place: Place) -> Draft:
-        """Return an object of ``size`` pairs; the depth is the place of the pair asked for."""
+        """Return an object of ``size`` pairs and a question about the pair at the depth."""
         pairs = [(draw_uuid(draw), draw_uuid(draw)) for _ in range(size)]
         position = round((place.depth or 0.0) * (size - 1))
         key, value = pairs[position]
@@ -33,10 +32,6 @@ class KeyValue(DepthTask):
             gold=(value,),
             metadata={"position": position},
         )
-
-    def score(self, gold: tuple[str, ...], prediction: str) -> dict[str, float]:
-        """Return 1 if the value occurs."""
-        return {"score": string_match_all(prediction, gold)}
 
 
 def draw_uuid(draw: random.Random) -> str:

@@ -1,4 +1,4 @@
-"""The English words RULER draws from: those of the package wonderwords."""
+"""The English words that RULER samples from: those of the package wonderwords."""
 
 import random
 from bisect import bisect_right
@@ -13,11 +13,10 @@ SHUFFLE_SEED = 42
 
 
 class AdjectiveNouns(Sequence[str]):
-    """Every adjective-noun pair once, in alphabetical order: RULER's keys.
+    """All adjective-noun pairs in alphabetical order, without duplicates: RULER's keys.
 
-    The six million pairs are not made: one is put together when it is asked for. Pairs of one
-    adjective stand together unless its prefix begins another's (``far-`` and ``far-off-``); such
-    adjectives share a block.
+    The six million pairs are computed on access. Pairs of one adjective are contiguous unless it is
+    a prefix of another (``far-`` and ``far-off-``); such adjectives share a block.
     """
 
     def __init__(self, adjectives: Iterable[str], nouns: Iterable[str]) -> None:
@@ -39,7 +38,7 @@ class AdjectiveNouns(Sequence[str]):
     def __getitem__(self, index: slice) -> list[str]: ...
     def __getitem__(self, index: int | slice) -> str | list[str]:
         if isinstance(index, slice):
-            return [self[one] for one in range(*index.indices(len(self)))]
+            return [self[entry] for entry in range(*index.indices(len(self)))]
         index = range(len(self))[index]
         number = bisect_right(self.ends, index)
         first = self.ends[number - 1] if number else 0
@@ -57,7 +56,7 @@ class AdjectiveNouns(Sequence[str]):
 
 @cache
 def adjective_nouns() -> AdjectiveNouns:
-    """Return RULER's keys."""
+    """Return the keys of RULER."""
     lists = _categories()
     return AdjectiveNouns(lists["adjective"], lists["noun"])
 
@@ -76,7 +75,7 @@ def _categories() -> dict[str, list[str]]:
         from wonderwords import RandomWord
     except ImportError as error:
         raise RopeError(
-            "the RULER tasks draw their words from wonderwords: pip install 'hf-rope-ext[eval]'"
+            "the RULER tasks sample words from wonderwords: pip install 'hf-rope-ext[eval]'"
         ) from error
-    found = RandomWord()._categories
-    return {name: list(found[name]) for name in ("noun", "adjective", "verb")}
+    categories = RandomWord()._categories
+    return {name: list(categories[name]) for name in ("noun", "adjective", "verb")}

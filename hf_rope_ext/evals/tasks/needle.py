@@ -1,54 +1,32 @@
-"""Needles in prose, one or several (after Kamradt's needle in a haystack, 2023)."""
+"""One or several needles in prose (after Kamradt's needle in a haystack, 2023)."""
 
 import random
 from dataclasses import dataclass
 
-from hf_rope_ext.errors import RopeError
+from hf_rope_ext.checks import require_integer
 from hf_rope_ext.evals.tasks.base import DepthTask, Draft, Place
 from hf_rope_ext.evals.tasks.prose import sentences
-from hf_rope_ext.evals.tasks.scorers import string_match_all
 
 CITIES = [
-    "Lisbon",
-    "Kyoto",
-    "Nairobi",
-    "Oslo",
-    "Quito",
-    "Bergen",
-    "Hanoi",
-    "Tbilisi",
-    "Porto",
-    "Cusco",
-    "Riga",
-    "Dakar",
-    "Perth",
-    "Naples",
-]
+    "Lisbon", "Kyoto", "Nairobi", "Oslo", "Quito", "Bergen", "Hanoi", "Tbilisi", "Porto", "Cusco",
+    "Riga", "Dakar", "Perth", "Naples",
+]  # fmt: skip
 THINGS = [
-    "eat grilled sardines",
-    "ride the night tram",
-    "hear the brass band",
-    "climb the water tower",
-    "buy a paper kite",
-    "row across the lake",
-    "visit the clock museum",
-    "taste plum dumplings",
-    "watch the pelicans",
-    "feed the goats",
-    "sketch the lighthouse",
-    "rent a red bicycle",
-]
+    "eat grilled sardines", "ride the night tram", "hear the brass band", "climb the water tower",
+    "buy a paper kite", "row across the lake", "visit the clock museum", "taste plum dumplings",
+    "watch the pelicans", "feed the goats", "sketch the lighthouse", "rent a red bicycle",
+]  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
 class Needle(DepthTask):
-    """Sentences that do not belong, between whole sentences of prose.
+    """Out-of-place sentences among sentences of prose (unit: a sentence).
 
-    The first needle is at the depth; further ones are spread evenly between it and the end.
+    The first needle is at the depth, the others are spread evenly between it and the end.
 
     Args:
-        needles: How many.
-        haystack: A UTF-8 text to hide them in; prose is generated where it is empty.
+        needles: Number of needles.
+        haystack: UTF-8 text file to hide them in; generated prose if empty.
     """
 
     max_new_tokens: int = 48
@@ -58,11 +36,10 @@ class Needle(DepthTask):
     def check(self) -> None:
         """Check the number of needles."""
         super().check()
-        if not 1 <= self.needles <= len(THINGS):
-            raise RopeError(f"needles must be from 1 to {len(THINGS)}, got {self.needles!r}.")
+        require_integer("needles", self.needles, 1, len(THINGS))
 
     def draft(self, draw: random.Random, size: int, place: Place) -> Draft:
-        """Return prose of ``size`` sentences with the needles in it."""
+        """Return prose of ``size`` sentences that contains the needles."""
         cities = draw.sample(CITIES, self.needles)
         things = draw.sample(THINGS, self.needles)
         depth = place.depth or 0.0
@@ -88,7 +65,3 @@ class Needle(DepthTask):
             gold=tuple(things),
             metadata={"needles": facts, "haystack": self.haystack or "generated"},
         )
-
-    def score(self, gold: tuple[str, ...], prediction: str) -> dict[str, float]:
-        """Return the share of things named."""
-        return {"score": string_match_all(prediction, gold)}

@@ -1,25 +1,26 @@
-"""Numbers and sequences beyond what was shown: addition, comparison, copying, sorting."""
+"""Length and range generalization: addition, comparison, copying, sorting."""
 
 import random
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
+from hf_rope_ext.checks import require_choice, require_integer
 from hf_rope_ext.errors import RopeError
-from hf_rope_ext.evals.tasks.base import Draft, Kind, Place, Task
+from hf_rope_ext.evals.tasks.base import DocumentTask, Draft, Kind, Place
 from hf_rope_ext.evals.tasks.scorers import first_number
 
 Range = tuple[int, int]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Arithmetic(Task):
-    """Worked examples over a trained range fill the context; the question is inside or beyond it.
+class Arithmetic(DocumentTask):
+    """Sums or comparisons inside and beyond the range of the worked examples (unit: an example).
 
     Args:
-        operation: ``"add"`` two numbers, or ``"compare"`` them and name the larger.
+        operation: ``"add"`` two numbers, or ``"compare"`` them and name the larger one.
         trained: Smallest and largest operand of the examples.
-        beyond: Operands of the questions beyond; the other half lies in the trained range.
-        digits: Digit counts of further questions, each a group of its own.
+        beyond: Range of operands of the second group of questions; those of the first are trained.
+        digits: Digit counts of further groups of questions.
     """
 
     max_new_tokens: int = 12
@@ -35,10 +36,11 @@ class Arithmetic(Task):
         return [(None, group) for group in self._ranges()]
 
     def check(self) -> None:
-        """Check the ranges."""
+        """Check the options."""
+        require_choice("operation", self.operation, ("add", "compare"))
         for first, last in self._ranges().values():
             if not 0 <= first < last:
-                raise RopeError(f"operands must be from a smaller to a larger, got {first, last}.")
+                raise RopeError(f"operands must range from smaller to larger, got {first, last}.")
 
     def draft(self, draw: random.Random, size: int, place: Place) -> Draft:
         """Return ``size`` worked examples and a question."""
@@ -60,13 +62,13 @@ class Arithmetic(Task):
         return {"score": float(first_number(prediction) == gold[0])}
 
     def _ranges(self) -> dict[str, Range]:
-        named = {f"{count} digits": (10 ** (count - 1), 10**count - 1) for count in self.digits}
-        return {"inside": self.trained, "beyond": self.beyond, **named}
+        by_digits = {f"{n} digits": (10 ** (n - 1), 10**n - 1) for n in self.digits}
+        return {"inside": self.trained, "beyond": self.beyond, **by_digits}
 
-    def _operands(self, draw: random.Random, within: Range) -> tuple[int, int]:
-        a, b = draw.randint(*within), draw.randint(*within)
+    def _operands(self, draw: random.Random, limits: Range) -> tuple[int, int]:
+        a, b = draw.randint(*limits), draw.randint(*limits)
         while self.operation == "compare" and a == b:
-            b = draw.randint(*within)
+            b = draw.randint(*limits)
         return a, b
 
     def _question(self, a: int, b: int) -> str:
@@ -77,15 +79,15 @@ class Arithmetic(Task):
 
 
 @dataclass(frozen=True, kw_only=True)
-class ItemSequence(Task):
-    """Copy or sort a sequence that grows with the length.
+class ItemSequence(DocumentTask):
+    """Copy or sort a sequence that fills the length, scored on the last items (unit: an item).
 
-    The answer is begun; the model is scored on the rest, teacher-forced: for a copy each word must
-    be found ``size`` words back, for sorting the largest numbers must be picked from the whole.
+    All but the last items of the answer are given. Copying looks up each word ``size`` words back;
+    sorting selects the largest numbers of the whole sequence.
 
     Args:
-        operation: ``"copy"`` random words, or ``"sort"`` different numbers in ascending order.
-        asked: How many items are scored.
+        operation: ``"copy"`` random words, or ``"sort"`` distinct numbers in ascending order.
+        asked: Number of items scored.
     """
 
     kind: ClassVar[Kind] = "loglikelihood"
@@ -95,9 +97,9 @@ class ItemSequence(Task):
     asked: int = 4
 
     def check(self) -> None:
-        """Check how many items are asked for."""
-        if not 1 <= self.asked <= self.smallest:
-            raise RopeError(f"asked must be from 1 to {self.smallest}, got {self.asked!r}.")
+        """Check the options."""
+        require_choice("operation", self.operation, ("copy", "sort"))
+        require_integer("asked", self.asked, 1, self.smallest)
 
     def draft(self, draw: random.Random, size: int, place: Place) -> Draft:
         """Return a sequence of ``size`` items."""
@@ -105,22 +107,22 @@ class ItemSequence(Task):
             items = ["".join(draw.choices("bcdfghklmnprstvz", k=3)) for _ in range(size)]
             result, cue = items, "Copy:"
         else:
-            # five digits each, so that a longer sequence is never fewer tokens
+            # five digits each, so that the token count never falls with the size
             numbers = draw.sample(range(10000, 100000), min(size, 90000))
-            items, cue = [str(one) for one in numbers], "Sorted:"
-            result = [str(one) for one in sorted(numbers)]
-        begun, rest = result[: -self.asked], result[-self.asked :]
+            items, cue = [str(number) for number in numbers], "Sorted:"
+            result = [str(number) for number in sorted(numbers)]
+        given, rest = result[: -self.asked], result[-self.asked :]
         return Draft(
             prompt=f"Sequence: {' '.join(items)}",
-            answer="\n" + " ".join((cue, *begun)),
+            answer="\n" + " ".join((cue, *given)),
             target=" " + " ".join(rest),
             gold=(" ".join(rest),),
         )
 
     def largest(self, place: Place) -> int:
-        """Return the most items there can be."""
+        """Return the maximum number of items."""
         return 90000
 
     def score(self, gold: tuple[str, ...], prediction: str) -> dict[str, float]:
-        """Return 1 if the prediction begins with the right items."""
+        """Return 1 if the prediction starts with the correct items."""
         return {"score": float(prediction.split()[: self.asked] == gold[0].split())}

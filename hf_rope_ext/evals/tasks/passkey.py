@@ -1,4 +1,4 @@
-"""Pass key retrieval (Mohtashami and Jaggi, 2023, arXiv:2305.16300; used by PI and YaRN)."""
+"""Passkey retrieval (Mohtashami and Jaggi, 2023, arXiv:2305.16300; used by PI and YaRN)."""
 
 import random
 from dataclasses import dataclass
@@ -16,12 +16,12 @@ OPENING = (
 
 @dataclass(frozen=True, kw_only=True)
 class Passkey(DepthTask):
-    """A number from 1 to 50000 between sentences of noise; the unit is one of them."""
+    """A number from 1 to 50000 hidden in repeated noise (unit: a sentence of noise)."""
 
     max_new_tokens: int = 10
 
     def draft(self, draw: random.Random, size: int, place: Place) -> Draft:
-        """Return the landmark paper's prompt with ``size`` sentences of noise."""
+        """Return the prompt of the landmark paper with ``size`` sentences of noise."""
         key = draw.randint(1, 50000)
         before = round((place.depth or 0.0) * size)
         information = f"The pass key is {key}. Remember it. {key} is the pass key."
@@ -40,6 +40,6 @@ class Passkey(DepthTask):
 
 @dataclass(frozen=True, kw_only=True)
 class TeacherForcedPasskey(Passkey):
-    """The same prompts, scored in one forward: is every token of the key the likeliest?"""
+    """The same prompts, teacher-forced: is every token of the key the most likely one?"""
 
     kind: ClassVar[Kind] = "loglikelihood"

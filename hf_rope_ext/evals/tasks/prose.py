@@ -1,4 +1,4 @@
-"""Text to hide things in: RULER's noise, generated prose, or the user's own file."""
+"""Haystacks: RULER's noise, generated prose, or the user's own file."""
 
 import random
 import re
@@ -14,103 +14,64 @@ NOISE = (
     "Here we go.",
     "There and back again.",
 )
-"""The filler of the landmark pass key (Mohtashami and Jaggi, 2023) and of RULER."""
+"""Filler of passkey prompts (Mohtashami and Jaggi, 2023) and of RULER."""
 
 _WHO = [
-    "Anna",
-    "Boris",
-    "Clara",
-    "Dmitri",
-    "Elena",
-    "Felix",
-    "Greta",
-    "Henrik",
-    "Irina",
-    "Jonas",
-    "Karin",
-    "Lukas",
-    "Marta",
-]
+    "Anna", "Boris", "Clara", "Dmitri", "Elena", "Felix", "Greta", "Henrik", "Irina", "Jonas",
+    "Karin", "Lukas", "Marta",
+]  # fmt: skip
 _DID = [
-    "walked past",
-    "drew a plan of",
-    "wrote a letter about",
-    "looked for",
-    "spoke about",
-    "took a picture of",
-    "waited beside",
-    "slowly repaired",
-    "sold a map of",
-    "read a story about",
-    "asked the way to",
-    "remembered",
-]
+    "walked past", "drew a plan of", "wrote a letter about", "looked for", "spoke about",
+    "took a picture of", "waited beside", "slowly repaired", "sold a map of", "read a story about",
+    "asked the way to", "remembered",
+]  # fmt: skip
 _WHAT = [
-    "old mill",
-    "stone bridge",
-    "narrow street",
-    "railway station",
-    "green hill",
-    "small harbour",
-    "wooden tower",
-    "market square",
-    "empty theatre",
-    "river bank",
-    "quiet library",
-    "white church",
-    "long fence",
-    "village school",
-]
+    "old mill", "stone bridge", "narrow street", "railway station", "green hill", "small harbour",
+    "wooden tower", "market square", "empty theatre", "river bank", "quiet library", "white church",
+    "long fence", "village school",
+]  # fmt: skip
 _WHEN = [
-    "before sunrise",
-    "on a cold morning",
-    "after the rain",
-    "late in the evening",
-    "during the harvest",
-    "in the first week of spring",
-    "while the others slept",
-    "without a word",
-    "as the bells rang",
-    "with an umbrella under one arm",
-    "for the second time that year",
+    "before sunrise", "on a cold morning", "after the rain", "late in the evening",
+    "during the harvest", "in the first week of spring", "while the others slept", "without a word",
+    "as the bells rang", "with an umbrella under one arm", "for the second time that year",
     "in no hurry at all",
-]
+]  # fmt: skip
 
 
 def noise(count: int) -> str:
-    """Return the first sentences of the endlessly repeated noise."""
+    """Return ``count`` sentences of repeated noise."""
     return " ".join(NOISE[index % len(NOISE)] for index in range(count))
 
 
 def sentences(count: int, path: str = "") -> list[str]:
-    """Return the first sentences of a text, repeated where it ends.
+    """Return the first sentences of a text, repeating it as needed.
 
     Args:
-        count: How many.
-        path: A UTF-8 file; prose is generated where it is empty.
+        count: Number of sentences.
+        path: UTF-8 text file; generated prose if empty.
 
     Raises:
         RopeError: If the file cannot be read or is empty.
     """
     if not path:
         return [_generated(index) for index in range(count)]
-    own = _sentences_of(path)
-    return [own[index % len(own)] for index in range(count)]
+    text = _sentences_of(path)
+    return [text[index % len(text)] for index in range(count)]
 
 
 def words(count: int, path: str = "") -> list[str]:
-    """Return the first words of a text, repeated where it ends; ``path`` as in `sentences`."""
+    """Return the first words of a text, repeating it as needed; ``path`` as in `sentences`."""
     if not path:
-        # every generated sentence has five words or more
-        own = " ".join(sentences(count // 5 + 1)).split(" ")
+        # every generated sentence has at least five words
+        text = " ".join(sentences(count // 5 + 1)).split(" ")
     else:
-        own = list(_words_of(path))
-        own = own * (count // len(own) + 1)
-    return own[:count]
+        text = list(_words_of(path))
+        text = text * (count // len(text) + 1)
+    return text[:count]
 
 
 def split_sentences(text: str) -> list[str]:
-    """Return the sentences of a text, cut after full stops, question and exclamation marks."""
+    """Return the sentences of a text, split after full stops, question and exclamation marks."""
     return [part for part in re.split(r"(?<=[.!?])\s+", text.strip()) if part]
 
 

@@ -4,11 +4,10 @@ import random
 from dataclasses import dataclass
 from typing import Literal
 
-from hf_rope_ext.evals.tasks.base import Draft, Place, Task
+from hf_rope_ext.evals.tasks.base import DocumentTask, Draft, Place
 from hf_rope_ext.evals.tasks.kv import draw_uuid
 from hf_rope_ext.evals.tasks.lexicon import adjective_nouns
 from hf_rope_ext.evals.tasks.prose import NOISE, split_sentences, words
-from hf_rope_ext.evals.tasks.scorers import string_match_all
 
 NEEDLE = "One of the special magic {type} for {key} is: {value}."
 PROMPT = (
@@ -24,24 +23,24 @@ PROMPT_OF_ONE = (
 ANSWER = " The special magic {type} for {query} mentioned in the provided text {verb}"
 SHUFFLE_SEED = 42
 ESSAY_DEPTHS = [round(100 * number / 39) for number in range(40)]
-"""Percent of the essay's sentences before a needle."""
+"""Possible needle depths, in percent of the essay's sentences."""
 
 Words = Literal["words", "numbers", "uuids"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class RulerNeedle(Task):
-    """Find the values of keys in noise, in an essay, or among other needles.
+class RulerNeedle(DocumentTask):
+    """RULER: the values of keys hidden in noise, in an essay, or among other needles.
 
     Args:
-        hay: ``"noise"`` and ``"needle"`` have lines as units, ``"essay"`` has words.
-        key: What keys are.
-        value: What values are.
-        keys: How many keys are planted.
-        values: How many values each key has.
-        queries: How many keys are asked for.
-        haystack: A UTF-8 text in place of RULER's essays, which cannot be redistributed; prose is
-            generated where it is empty. Scores on ``"essay"`` are comparable over one text only.
+        hay: Kind of haystack; the unit is a line, or a word for ``"essay"``.
+        key: Kind of keys.
+        value: Kind of values.
+        keys: Number of keys hidden.
+        values: Number of values per key.
+        queries: Number of keys asked for.
+        haystack: UTF-8 text file instead of RULER's essays, which cannot be redistributed;
+            generated prose if empty. ``"essay"`` scores are comparable only on the same text.
     """
 
     max_new_tokens: int = 128
@@ -58,8 +57,8 @@ class RulerNeedle(Task):
     def draft(self, draw: random.Random, size: int, place: Place) -> Draft:
         """Return a prompt with ``size`` lines or words of haystack.
 
-        The draws come in the order of NVIDIA's generator, so that the same state of the random
-        generator gives the same text: keys and values, haystack, places, query.
+        Random numbers are drawn in the order of NVIDIA's generator (keys and values, haystack,
+        positions, query), so that the same random state gives the same text.
         """
         keys: list[str] = []
         values: list[list[str]] = []
@@ -77,13 +76,13 @@ class RulerNeedle(Task):
             else self._lines(draw, size, needles)
         )
         asked = draw.sample(range(self.keys), self.queries)
-        query = ", ".join(keys[one] for one in asked)
+        query = ", ".join(keys[index] for index in asked)
         if len(asked) > 1:
-            query = ", ".join(keys[one] for one in asked[:-1]) + f", and {keys[asked[-1]]}"
+            query = ", ".join(keys[index] for index in asked[:-1]) + f", and {keys[asked[-1]]}"
         single = self.queries * self.values == 1
         kind = self.value.removesuffix("s") if single else self.value
         prompt = PROMPT_OF_ONE if single else PROMPT
-        gold = tuple(value for one in asked for value in values[one])
+        gold = tuple(value for index in asked for value in values[index])
         metadata = {"needles": needles, "query": query}
         if self.hay == "essay":
             metadata["essay_source"] = self.haystack or "generated"
@@ -94,10 +93,6 @@ class RulerNeedle(Task):
             gold=gold,
             metadata=metadata,
         )
-
-    def score(self, gold: tuple[str, ...], prediction: str) -> dict[str, float]:
-        """Return the share of values named."""
-        return {"score": string_match_all(prediction, gold)}
 
     def _lines(self, draw: random.Random, size: int, needles: list[str]) -> str:
         if self.hay == "noise":
@@ -129,15 +124,3 @@ def _draw(draw: random.Random, kind: Words) -> str:
     if kind == "numbers":
         return str(draw.randint(10**6, 10**7 - 1))
     return draw_uuid(draw) if kind == "uuids" else draw.choice(adjective_nouns())
-
-
-NEEDLE_TASKS: dict[str, Task] = {
-    "niah_single_1": RulerNeedle(),
-    "niah_single_2": RulerNeedle(hay="essay"),
-    "niah_single_3": RulerNeedle(hay="essay", value="uuids"),
-    "niah_multikey_1": RulerNeedle(hay="essay", keys=4),
-    "niah_multikey_2": RulerNeedle(hay="needle"),
-    "niah_multikey_3": RulerNeedle(hay="needle", key="uuids", value="uuids"),
-    "niah_multivalue": RulerNeedle(hay="essay", values=4),
-    "niah_multiquery": RulerNeedle(hay="essay", keys=4, queries=4),
-}

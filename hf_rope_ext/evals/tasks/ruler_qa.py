@@ -1,14 +1,16 @@
-"""RULER's question answering over the user's own SQuAD or HotpotQA file."""
+"""RULER's question answering over a SQuAD or HotpotQA file of the user."""
 
 import json
 import random
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
 
+from hf_rope_ext.checks import require_choice
 from hf_rope_ext.errors import RopeError
-from hf_rope_ext.evals.tasks.base import Draft, Place, Task
+from hf_rope_ext.evals.tasks.base import DocumentTask, Draft, Place
 from hf_rope_ext.evals.tasks.scorers import string_match_part
 
 ONLY = "Only give me the answer and do not output any other words."
@@ -22,7 +24,7 @@ SHUFFLE_SEED = 42
 
 @dataclass(frozen=True)
 class Question:
-    """One question, and the documents it needs and those of the same article, by number."""
+    """A question, with indices of the documents it needs and of others in the same article."""
 
     query: str
     answers: tuple[str, ...]
@@ -31,12 +33,12 @@ class Question:
 
 
 @dataclass(frozen=True, kw_only=True)
-class RulerQA(Task):
-    """Answer from documents of which few matter; the unit is one document.
+class RulerQA(DocumentTask):
+    """RULER: question answering over many documents, few of them relevant (unit: a document).
 
     Args:
-        data: A local JSON file in the format of SQuAD 2.0 or of HotpotQA (distractor setting).
-        layout: Which of the two it is.
+        data: Local JSON file in SQuAD 2.0 or HotpotQA (distractor setting) format.
+        layout: ``"squad"`` or ``"hotpotqa"``.
     """
 
     max_new_tokens: int = 32
@@ -46,13 +48,14 @@ class RulerQA(Task):
     smallest = 1
 
     def check(self) -> None:
-        """Check that there is a file of questions."""
+        """Check the file of questions."""
+        require_choice("layout", self.layout, READERS)
         if not self.data:
             raise RopeError(f"data must be a local JSON file in the {self.layout} format.")
         _read(self.data, self.layout)
 
     def draft(self, draw: random.Random, size: int, place: Place) -> Draft:
-        """Return a question over ``size`` documents, or over those it needs if they are more."""
+        """Return a question over ``size`` documents, or over those it needs if that is more."""
         questions, documents = _read(self.data, self.layout)
         asked = questions[place.index % len(questions)]
         chosen = [documents[number] for number in choose(draw, asked, len(documents), size)]
@@ -69,16 +72,16 @@ class RulerQA(Task):
         )
 
     def largest(self, place: Place) -> int:
-        """Return the number of documents there are."""
+        """Return the total number of documents."""
         return len(_read(self.data, self.layout)[1])
 
     def score(self, gold: tuple[str, ...], prediction: str) -> dict[str, float]:
-        """Return 1 if any of the answers occurs."""
+        """Return 1 if the prediction contains any of the answers."""
         return {"score": string_match_part(prediction, gold)}
 
 
 def choose(draw: random.Random, asked: Question, documents: int, size: int) -> list[int]:
-    """Return the documents of a prompt: those needed, then their article's, then any."""
+    """Return the documents of a prompt: those needed, then others of their article, then any."""
     needed, more = list(asked.context), list(asked.more)
     if size >= documents:
         return list(range(documents))
@@ -90,16 +93,13 @@ def choose(draw: random.Random, asked: Question, documents: int, size: int) -> l
 
 @cache
 def _read(path: str, layout: str) -> tuple[list[Question], list[str]]:
-    readers = {"squad": _squad, "hotpotqa": _hotpotqa}
-    if layout not in readers:
-        raise RopeError(f"layout must be 'squad' or 'hotpotqa', got {layout!r}.")
     try:
         content = json.loads(Path(path).read_text(encoding="utf-8"))
-        questions, documents = readers[layout](content)
+        questions, documents = READERS[layout](content)
     except (OSError, UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError) as error:
         raise RopeError(f"cannot read {path!r} as a {layout} file: {error!r}") from error
     if not questions:
-        raise RopeError(f"{path!r} holds no question that has an answer.")
+        raise RopeError(f"{path!r} contains no answerable question.")
     return questions, documents
 
 
@@ -110,21 +110,27 @@ def _squad(content: Any) -> tuple[list[Question], list[str]]:
     questions = []
     for entry, texts in zip(content["data"], articles, strict=True):
         for part in entry["paragraphs"]:
-            own = number[part["context"]]
-            more = tuple(number[text] for text in texts if number[text] != own)
+            needed = number[part["context"]]
+            more = tuple(number[text] for text in texts if number[text] != needed)
             for asked in part["qas"]:
                 if not asked.get("is_impossible"):
                     answers = tuple(answer["text"] for answer in asked["answers"])
-                    questions.append(Question(asked["question"], answers, (own,), more))
+                    questions.append(Question(asked["question"], answers, (needed,), more))
     return questions, documents
 
 
 def _hotpotqa(content: Any) -> tuple[list[Question], list[str]]:
-    texts = [[f"{title}\n{''.join(part)}" for title, part in one["context"]] for one in content]
-    documents = sorted({text for own in texts for text in own})
+    texts = [[f"{title}\n{''.join(part)}" for title, part in row["context"]] for row in content]
+    documents = sorted({text for context in texts for text in context})
     number = {text: index for index, text in enumerate(documents)}
     questions = [
-        Question(one["question"], (one["answer"],), tuple(number[text] for text in own))
-        for one, own in zip(content, texts, strict=True)
+        Question(row["question"], (row["answer"],), tuple(number[text] for text in context))
+        for row, context in zip(content, texts, strict=True)
     ]
     return questions, documents
+
+
+READERS: dict[str, Callable[[Any], tuple[list[Question], list[str]]]] = {
+    "squad": _squad,
+    "hotpotqa": _hotpotqa,
+}

@@ -6,21 +6,11 @@ import string
 from dataclasses import dataclass
 from itertools import chain, pairwise
 
-from hf_rope_ext.evals.tasks.base import Draft, Place, Task
+from hf_rope_ext.evals.tasks.base import DocumentTask, Draft, Place
 from hf_rope_ext.evals.tasks.lexicon import common_words
 from hf_rope_ext.evals.tasks.prose import NOISE
-from hf_rope_ext.evals.tasks.scorers import string_match_all
 
 SHUFFLE_SEED = 42
-
-
-@dataclass(frozen=True, kw_only=True)
-class MatchAll(Task):
-    """A task scored by the share of answers that occur."""
-
-    def score(self, gold: tuple[str, ...], prediction: str) -> dict[str, float]:
-        """Return the share of answers that occur."""
-        return {"score": string_match_all(prediction, gold)}
 
 
 TRACKING = (
@@ -34,13 +24,13 @@ TRACKING_ANSWER = (
 
 
 @dataclass(frozen=True, kw_only=True)
-class VariableTracking(MatchAll):
-    """Name every variable of a chain of assignments; one worked example goes before.
+class VariableTracking(DocumentTask):
+    """RULER: all variables of a chain of assignments, after a worked example (unit: a line).
 
     Args:
-        chains: How many chains are hidden; the first is asked for.
-        hops: Assignments in a chain after the first.
-        example_noise: Lines of noise in the worked example.
+        chains: Number of chains hidden; the question is about the first.
+        hops: Number of assignments per chain after the first.
+        example_noise: Number of lines of noise in the worked example.
     """
 
     max_new_tokens: int = 30
@@ -57,7 +47,7 @@ class VariableTracking(MatchAll):
         example = f"{shown}{shown_answer} {' '.join(shown_gold)}\n\n\n\n"
         return Draft(
             prompt=example + prompt,
-            # no space at the end: it would be a token of its own, which no text has there
+            # a trailing space would be a token of its own, unlike in ordinary text
             answer=answer.rstrip(" "),
             target=" " + " ".join(gold),
             gold=tuple(gold),
@@ -66,12 +56,12 @@ class VariableTracking(MatchAll):
     def question(
         self, draw: random.Random, size: int, letters: int
     ) -> tuple[str, str, tuple[str, ...]]:
-        """Return prompt, beginning of the answer, and the variables of the first chain."""
+        """Return prompt, opening of the answer, and the variables of the first chain."""
         names, chains = draw_chains(draw, self.chains, self.hops, letters)
         lines = [" ".join(NOISE)] * size
-        for one in chains:
-            places = sorted(draw.sample(range(len(lines)), len(one)))
-            for shift, (at, line) in enumerate(zip(places, one, strict=True)):
+        for assignments in chains:
+            places = sorted(draw.sample(range(len(lines)), len(assignments)))
+            for shift, (at, line) in enumerate(zip(places, assignments, strict=True)):
                 lines.insert(at + shift, line)
         value = chains[0][0].split("=")[-1].strip()
         prompt = TRACKING.format(context="\n".join(lines), query=value)
@@ -81,7 +71,7 @@ class VariableTracking(MatchAll):
 def draw_chains(
     draw: random.Random, chains: int, hops: int, letters: int
 ) -> tuple[list[list[str]], list[list[str]]]:
-    """Return the variables and the assignments of each chain, in the order RULER draws them."""
+    """Return the variables and the assignments of each chain, drawn in RULER's order."""
     count = chains * (hops + 1)
     names = [_word(draw, string.ascii_uppercase, letters) for _ in range(count)]
     while len(set(names)) < count:
@@ -89,9 +79,9 @@ def draw_chains(
         names.append(_word(draw, string.ascii_uppercase, letters))
     split = [names[first : first + hops + 1] for first in range(0, count, hops + 1)]
     lines = []
-    for own in split:
-        start = f"VAR {own[0]} = {draw.randrange(10000, 99999)}"
-        steps = [f"VAR {b} = VAR {a} " for a, b in pairwise(own)]
+    for variables in split:
+        start = f"VAR {variables[0]} = {draw.randrange(10000, 99999)}"
+        steps = [f"VAR {b} = VAR {a} " for a, b in pairwise(variables)]
         lines.append([start, *steps])
     return split, lines
 
@@ -105,15 +95,15 @@ COMMON_ANSWER = " Answer: The top 10 words that appear most often in the list ar
 
 
 @dataclass(frozen=True, kw_only=True)
-class CommonWords(MatchAll):
-    """Name the ten words that occur most often in a list; one worked example goes before."""
+class CommonWords(DocumentTask):
+    """RULER: the ten most common words of a list, after a worked example (unit: a word)."""
 
     max_new_tokens: int = 120
 
     smallest = 11
 
     def draft(self, draw: random.Random, size: int, place: Place) -> Draft:
-        """Return a list of ``size`` different words; frequencies are lower under 4096 tokens."""
+        """Return a list of ``size`` distinct words; with lower frequencies below 4096 tokens."""
         short = place.length < 4096
         shown, shown_words = word_list(draw, *((20, 3, 1) if short else (40, 10, 3)))
         listed, gold = word_list(draw, size, *((6, 1) if short else (30, 3)))
@@ -126,14 +116,14 @@ class CommonWords(MatchAll):
         )
 
     def largest(self, place: Place) -> int:
-        """Return the number of words there are."""
+        """Return the number of available words."""
         return len(common_words())
 
 
 def word_list(
     draw: random.Random, count: int, repeats: int, rare_repeats: int, common: int = 10
 ) -> tuple[str, list[str]]:
-    """Return a numbered list in which ten of ``count`` words are common, and those."""
+    """Return a numbered list of ``count`` distinct words, and the common ones among them."""
     drawn = draw.sample(common_words(), count)
     listed = drawn[:common] * repeats + drawn[common:] * rare_repeats
     random.Random(SHUFFLE_SEED).shuffle(listed)
@@ -157,12 +147,12 @@ FREQUENT_ANSWER = (
 
 
 @dataclass(frozen=True, kw_only=True)
-class FrequentWords(MatchAll):
-    """Name the three commonest made-up words, whose frequencies follow 1 / rank ** 2."""
+class FrequentWords(DocumentTask):
+    """RULER: the three most frequent of made-up words, with frequencies 1 / rank ** 2."""
 
     max_new_tokens: int = 50
 
-    # below this the third and the fourth word can occur equally often
+    # below this, the third and fourth word can be equally frequent
     smallest = 60
 
     def draft(self, draw: random.Random, size: int, place: Place) -> Draft:
@@ -177,7 +167,7 @@ class FrequentWords(MatchAll):
 
 
 def coded_text(draw: random.Random, count: int, vocabulary: int) -> tuple[str, list[str]]:
-    """Return a text of made-up words and the three commonest after the dots."""
+    """Return a text of made-up words, and the three most frequent ones except the dots."""
     words = [_word(draw, string.ascii_lowercase, 6) for _ in range(vocabulary)]
     while len(set(words)) < vocabulary:
         words.append(_word(draw, string.ascii_lowercase, 6))
