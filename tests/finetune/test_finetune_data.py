@@ -86,7 +86,7 @@ def test_a_directory_has_splits_and_they_are_named(saved, tmp_path):
 
     assert load("train") == by_hand(documents(3))
     assert load("validation") == by_hand(["held out"])
-    with pytest.raises(RopeError, match="no split 'test'; it has train, validation"):
+    with pytest.raises(RopeError, match="set dataset_split to one of train, validation"):
         load("test")
 
 
@@ -165,7 +165,7 @@ def test_cut_sequences_stay_within_a_document():
 
 def test_restarting_positions_are_refused():
     train, _ = stream(documents())
-    with pytest.raises(RopeError, match="learns nothing about a longer context"):
+    with pytest.raises(RopeError, match="restart positions at every document"):
         Sequences(train, 128, "restart")
     data = Dataset.from_dict({"text": ["a"], "position_ids": [[0]]})
     with pytest.raises(RopeError, match="restart"):
@@ -226,7 +226,7 @@ def test_what_cannot_be_read_is_named(tmp_path):
     ):
         with pytest.raises(RopeError, match=match):
             load_documents(Source(str(path), cache=tmp_path / "cache"), byte_tokenizer())
-    with pytest.raises(RopeError, match="cache: cannot make"):
+    with pytest.raises(RopeError, match="cache: cannot create"):
         load_documents(Source(str(broken), cache=empty / "cache"), byte_tokenizer())
     with pytest.raises(RopeError, match="no column 'text'; it has words"):
         load_documents(Source(Dataset.from_dict({"words": ["a"]})), byte_tokenizer())
