@@ -20,20 +20,17 @@ def advice(resolved: Resolved) -> list[str]:
         return notes
     for config in {id(site.config): site.config for site in resolved.sites}.values():
         site = next(site for site in resolved.sites if site.config is config)
-        notes += [
-            note
-            for note in (
-                _dynamic_advice(site, resolved.method),
-                _temperature_advice(site, resolved),
-                _window_advice(site, resolved.method),
-                _dropped_key_advice(site),
-                _section_advice(site),
-                _layout_advice(resolved),
-                _frames_advice(site, resolved),
-                _vendor_advice(site, resolved.method),
-            )
-            if note
-        ]
+        candidates = (
+            _dynamic_advice(site, resolved.method),
+            _temperature_advice(site, resolved),
+            _window_advice(site, resolved.method),
+            _dropped_key_advice(site),
+            _section_advice(site),
+            _layout_advice(resolved),
+            _frames_advice(site, resolved),
+            site.family.advice(resolved.method, site.geometry) if site.family.advice else None,
+        )
+        notes += [note for note in candidates if note]
     return notes
 
 
@@ -119,7 +116,3 @@ def _frames_advice(site: RopeSite, resolved: Resolved) -> str | None:
         f"between them, so the factor of 't' moves nothing; sample fewer frames, or scale the "
         f"frequencies."
     )
-
-
-def _vendor_advice(site: RopeSite, method: Method) -> str | None:
-    return site.family.advice(method, site.geometry) if site.family.advice else None

@@ -70,26 +70,26 @@ class Description:
 
     Args:
         model_type: The text model's ``model_type``.
-        method: Name and knobs of the method in force, None if the model is not patched.
-        factor: Its factor, if it has one.
         max_position_embeddings: The text config's limit, which generate and lm-eval read.
-        mrope_layout: The M-RoPE layout in place of the trained one, if any.
-        visual_positions: How visual tokens are placed, None for the model's own rule.
         modules: Number of rotary modules described.
         sites: Their sets of frequencies.
         notes: Warnings about them.
+        method: Name and knobs of the method in force, None if the model is not patched.
+        factor: Its factor, if it has one.
+        mrope_layout: The M-RoPE layout in place of the trained one, if any.
+        visual_positions: How visual tokens are placed, None for the model's own rule.
         vision: The same for the vision towers, None if they are not patched.
     """
 
     model_type: str
-    method: dict[str, Any] | None
-    factor: float | None
     max_position_embeddings: int | None
-    mrope_layout: dict[str, Any] | None
-    visual_positions: dict[str, Any] | None
     modules: int
     sites: tuple[SiteDescription, ...]
     notes: tuple[str, ...]
+    method: dict[str, Any] | None = None
+    factor: float | None = None
+    mrope_layout: dict[str, Any] | None = None
+    visual_positions: dict[str, Any] | None = None
     vision: "Description | None" = None
 
     def to_dict(self) -> dict[str, Any]:
@@ -158,56 +158,46 @@ def describe(model: nn.Module, request: Any = None) -> Description:
     Raises:
         RopeError: If the model has no rotary embedding, or the request has no plan.
     """
-    patch, vision = patch_of(model), _vision(model)
-    if patch is None:
-        try:
-            sites = read_sites(model)
-        except UnsupportedModelError:
-            if vision is None:
-                raise
-            return vision  # a vision tower on its own
-        entries = [_unpatched(site) for site in sites]
-        notes = [f"{site.path}: {site.rebuilt}" for site in sites if site.rebuilt]
-    else:
-        sites = patch.sites
+    patch, towers = patch_of(model), patch_of(model, "vision")
+    vision = None if towers is None else _describe_patch(model, towers, None)
+    if patch is not None:
         length = None if request is None else _planned_length(request)
-        entries = [entry for site in sites for entry in _patched(site, model, patch, length)]
-        notes = advice(patch)
-    config = sites[0].config
-    method = None if patch is None else method_record(patch.method)
-    return Description(
-        model_type=config.model_type,
+        return replace(_describe_patch(model, patch, length), vision=vision)
+    try:
+        sites = read_sites(model)
+    except UnsupportedModelError:
+        if vision is None:
+            raise
+        return vision  # a vision tower on its own
+    notes = [f"{site.path}: {site.rebuilt}" for site in sites if site.rebuilt]
+    return _describe_sites(sites, [_unpatched(site) for site in sites], notes, vision=vision)
+
+
+def _describe_patch(model: nn.Module, patch: Resolved, length: int | None) -> Description:
+    entries = [entry for site in patch.sites for entry in _patched(site, model, patch, length)]
+    method = method_record(patch.method)
+    return _describe_sites(
+        patch.sites,
+        entries,
+        advice(patch),
         method=method,
-        factor=None if method is None else method.get("factor"),
-        max_position_embeddings=getattr(config, "max_position_embeddings", None),
-        mrope_layout=_settings(None if patch is None else patch.layout),
-        visual_positions=_settings(None if patch is None else patch.visual),
-        modules=len({site.path for site in sites}),
-        sites=tuple(entries),
-        notes=tuple(notes),
-        vision=vision,
+        factor=method.get("factor"),
+        mrope_layout=None if patch.layout is None else asdict(patch.layout),
+        visual_positions=None if patch.visual is None else asdict(patch.visual),
     )
 
 
-def _vision(model: nn.Module) -> Description | None:
-    """Describe the vision towers of a model, if they are patched."""
-    patch = patch_of(model, "vision")
-    if patch is None:
-        return None
-    resolved = patch
-    method = method_record(resolved.method)
+def _describe_sites(
+    sites: list[RopeSite], entries: list[SiteDescription], notes: list[str], **patch: Any
+) -> Description:
+    config = sites[0].config
     return Description(
-        model_type=resolved.sites[0].config.model_type,
-        method=method,
-        factor=method.get("factor"),
-        max_position_embeddings=None,
-        mrope_layout=None,
-        visual_positions=None,
-        modules=len(resolved.sites),
-        sites=tuple(
-            entry for site in resolved.sites for entry in _patched(site, model, resolved, None)
-        ),
-        notes=tuple(advice(resolved)),
+        model_type=config.model_type,
+        max_position_embeddings=getattr(config, "max_position_embeddings", None),
+        modules=len({site.path for site in sites}),
+        sites=tuple(entries),
+        notes=tuple(notes),
+        **patch,
     )
 
 
@@ -218,10 +208,6 @@ def _planned_length(request: Any) -> int:
             f"{type(request).__name__} holds no cache planned by a length-dependent method."
         )
     return math.ceil(plan.lengths.max())
-
-
-def _settings(value: Any) -> dict[str, Any] | None:
-    return None if value is None else asdict(value)
 
 
 def _patched(

@@ -119,17 +119,19 @@ def resolve(arguments: PatchArguments, model: nn.Module) -> Resolved:
     for site in sites:
         _require_ready(site, arguments)
     sites = [read_axes(site) for site in sites]
-    layout = _layout(arguments.mrope_layout)
-    turnings = [_turning(site, layout) for site in sites]
-    changed = layout if any(turnings) else None
-    sites = [_turned(site, turning) for site, turning in zip(sites, turnings, strict=True)]
+    layout = arguments.mrope_layout
+    if not isinstance(layout, MRopeLayout | None):
+        layout = MRopeLayout(layout)
+    layouts = [_apply_layout(site, layout) for site in sites]
+    changed = layout if any(layouts) else None
+    sites = [_assign_axes(site, applied) for site, applied in zip(sites, layouts, strict=True)]
     method, target = _method(arguments, sites[0].geometry), arguments.target_length
     if arguments.limit_only:
         method, target = NoScaling(), _limit(method, arguments, sites[0].geometry)
     policy = _policy(arguments, method)
     rotations = [
-        _rotation(site, method, arguments.temperature, policy, turning)
-        for site, turning in zip(sites, turnings, strict=True)
+        _rotation(site, method, arguments.temperature, policy, applied)
+        for site, applied in zip(sites, layouts, strict=True)
     ]
     axes = axis_names(sites[0].rotary, sites[0].label)
     visual = _visual(arguments.visual_positions, axes)
@@ -157,12 +159,12 @@ def resolve(arguments: PatchArguments, model: nn.Module) -> Resolved:
         sites=sites,
         rotations=rotations,
         temperature=arguments.temperature,
-        softmax=softmax_changes(model, sites, method, arguments.temperature),
         configs=configs,
         record=configs[0].values[RECORD],
+        axes=axes,
+        softmax=softmax_changes(model, sites, method, arguments.temperature),
         layout=changed,
         visual=visual,
-        axes=axes,
     )
 
 
@@ -195,23 +197,14 @@ def _resolve_vision(arguments: PatchArguments, model: nn.Module) -> Resolved:
         sites=sites,
         rotations=list(rotations),
         temperature=arguments.temperature,
-        softmax=[],
         configs=configs,
         record=configs[0].values[RECORD],
-        layout=None,
-        visual=None,
         axes=names,
         target="vision",
     )
 
 
-def _layout(layout: str | MRopeLayout | None) -> MRopeLayout | None:
-    if layout is None or isinstance(layout, MRopeLayout):
-        return layout
-    return MRopeLayout(layout)
-
-
-def _turning(site: RopeSite, layout: MRopeLayout | None) -> AppliedLayout | None:
+def _apply_layout(site: RopeSite, layout: MRopeLayout | None) -> AppliedLayout | None:
     """Return the layout on a site, None if the site was trained with it."""
     if layout is None:
         return None
@@ -223,16 +216,16 @@ def _turning(site: RopeSite, layout: MRopeLayout | None) -> AppliedLayout | None
         )
     config = site.config
     heads = setting(config, "num_key_value_heads") or setting(config, "num_attention_heads")
-    turning = layout.on(axes, heads)
-    as_trained = AppliedLayout(tuple(map(turning.names.index, axes)), turning.names)
-    return None if turning == as_trained else turning
+    applied = layout.on(axes, heads)
+    as_trained = AppliedLayout(tuple(map(applied.names.index, axes)), applied.names)
+    return None if applied == as_trained else applied
 
 
-def _turned(site: RopeSite, turning: AppliedLayout | None) -> RopeSite:
+def _assign_axes(site: RopeSite, layout: AppliedLayout | None) -> RopeSite:
     """Return the site with the axes of a layout; a layout by heads leaves the pairs' axes alone."""
-    if turning is None or turning.per_head:
+    if layout is None or layout.per_head:
         return site
-    axes = tuple(turning.names[row] for row in turning.rows)
+    axes = tuple(layout.names[row] for row in layout.rows)
     return replace(site, geometry=replace(site.geometry, axes=axes))
 
 

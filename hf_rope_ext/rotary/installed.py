@@ -24,12 +24,12 @@ class Resolved:
         sites: The sets of frequencies it extends.
         rotations: How each of those sets is computed, in the same order.
         temperature: Where the method's temperature goes, ``"rotation"`` or ``"logits"``.
-        softmax: The softmax scales that change.
         configs: The config attributes that change.
         record: The record in the first config, from which the patch can be applied again.
+        axes: Names of the position axes.
+        softmax: The softmax scales that change.
         layout: The M-RoPE layout in place of the trained one, if any.
         visual: How visual tokens are placed, None for the model's own rule.
-        axes: Names of the position axes.
         target: ``"text"`` or ``"vision"``.
         changes: Everything the patch does to the model, in order of application.
     """
@@ -38,12 +38,12 @@ class Resolved:
     sites: list[RopeSite]
     rotations: list[Rotation]
     temperature: str
-    softmax: list[SetAttributes]
     configs: list[SetAttributes]
     record: dict[str, Any]
-    layout: MRopeLayout | None
-    visual: VisualPositions | None
     axes: tuple[str, ...]
+    softmax: list[SetAttributes] = field(default_factory=list)
+    layout: MRopeLayout | None = None
+    visual: VisualPositions | None = None
     target: str = "text"
     changes: list[Change] = field(default_factory=list)
 
