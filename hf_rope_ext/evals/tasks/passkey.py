@@ -40,6 +40,6 @@ class Passkey(DepthTask):
 
 @dataclass(frozen=True, kw_only=True)
 class TeacherForcedPasskey(Passkey):
-    """The same prompts, teacher-forced: is every token of the key the most likely one?"""
+    """The prompts of `rope_passkey`, teacher-forced: the key must be the greedy continuation."""
 
     kind: ClassVar[Kind] = "loglikelihood"
