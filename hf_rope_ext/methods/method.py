@@ -1,7 +1,7 @@
 """The interface of every method."""
 
 import abc
-import importlib
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
@@ -17,6 +17,8 @@ class Method(abc.ABC):
     """A rule from the trained geometry to frequencies; subclasses are frozen dataclasses."""
 
     name: ClassVar[str]
+    patched: ClassVar[Callable[..., AbstractContextManager[nn.Module]]]
+    """`hf_rope_ext.patched`; set by the patching package, since methods import torch alone."""
 
     def __call__(self, model: nn.Module, **arguments: Any) -> AbstractContextManager[nn.Module]:
         """Return a context manager that patches the model, as `hf_rope_ext.patched` does.
@@ -25,9 +27,7 @@ class Method(abc.ABC):
             model: The model to patch.
             **arguments: Other arguments of `patch_model`.
         """
-        # imported by name, so that methods depend on nothing but torch
-        patching = importlib.import_module("hf_rope_ext.patching.patch")
-        return patching.patched(model, self, **arguments)  # type: ignore[no-any-return]
+        return self.patched(model, self, **arguments)
 
     @abc.abstractmethod
     def plan(self, geometry: RopeGeometry) -> FrequencyPlan:

@@ -21,9 +21,10 @@ from hf_rope_ext.errors import (
 )
 from hf_rope_ext.methods import Method
 from hf_rope_ext.patching.advice import advice
+from hf_rope_ext.patching.arguments import TARGETS, PatchArguments
 from hf_rope_ext.patching.placed_index import placement_changes
 from hf_rope_ext.patching.probe import probe_attention, probe_rotary, probe_towers
-from hf_rope_ext.patching.resolve import TARGETS, PatchArguments, resolve
+from hf_rope_ext.patching.resolve import resolve
 from hf_rope_ext.positions.layouts import MRopeLayout
 from hf_rope_ext.positions.placement import VisualPositions
 from hf_rope_ext.rotary.extended import ExtendedRotary
@@ -101,6 +102,12 @@ def patch_model(
     Raises:
         RopeError: One of its subclasses; the model is then unchanged.
     """
+    options = {
+        name: value
+        for name, value in locals().items()
+        if name not in ("model", "method", "probe", "method_knobs")
+    }
+    arguments = PatchArguments.from_keywords(method, **options, **method_knobs)
     previous = patch_of(model, target)
     if previous is not None and not replace:
         part = "model is" if target == "text" else f"model's {target} is"
@@ -108,25 +115,6 @@ def patch_model(
             f"the {part} already patched with {previous.method!r}; nothing was changed. "
             f"Call unpatch_model first, or pass replace=True."
         )
-    arguments = PatchArguments(
-        method=method,
-        knobs=method_knobs,
-        factor=factor,
-        target_length=target_length,
-        original_max_position_embeddings=original_max_position_embeddings,
-        layer_types=layer_types,
-        limit_only=limit_only,
-        mrope_layout=mrope_layout,
-        visual_positions=visual_positions,
-        temperature=temperature,
-        replace=replace,
-        requests=requests,
-        on_growth=on_growth,
-        buckets=buckets,
-        compat=compat,
-        on_plan=on_plan,
-        target=target,
-    )
     with _set_aside(previous):
         resolved = resolve(arguments, model)
         _require_loaded(resolved)
@@ -169,14 +157,9 @@ def unpatch_model(model: nn.Module, target: str | None = None) -> nn.Module:
 def patched(
     model: nn.Module, method: str | Method | Mapping[str, str | Method], **arguments: Any
 ) -> Iterator[nn.Module]:
-    """Patch a model for the duration of a ``with`` block.
+    """Patch a model for the duration of a ``with`` block; arguments are those of `patch_model`.
 
     Afterwards the model has the patch it had before, if any, whatever was done to it in the block.
-
-    Args:
-        model: The model.
-        method: As in `patch_model`.
-        **arguments: As in `patch_model`; with ``replace=True`` an existing patch comes back.
     """
     target = arguments.get("target", "text")
     before = patch_of(model, target)
@@ -190,6 +173,10 @@ def patched(
                 revert_all(after.changes)
             if before is not None:
                 apply_all(before.changes)
+
+
+# methods import torch alone, so what calling one does is put in from here
+Method.patched = staticmethod(patched)
 
 
 def _require_loaded(resolved: Resolved) -> None:

@@ -1,41 +1,31 @@
 """Check the arguments of `patch_model` against a model and resolve everything it will change."""
 
 import math
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
-from typing import Any
+from dataclasses import asdict, replace
 
 import torch
 from torch import Tensor, nn
 
-from hf_rope_ext.checks import require_choice, require_integer
 from hf_rope_ext.errors import (
     AlreadyScaledError,
     MethodParameterError,
-    RopeError,
     UnsupportedModelError,
 )
-from hf_rope_ext.geometry import RopeGeometry
 from hf_rope_ext.methods import (
-    Dynamic,
     Method,
     NoScaling,
-    PerAxis,
-    knobs,
-    make_method,
-    make_per_axis,
-    split_name,
 )
 from hf_rope_ext.models.family import setting
 from hf_rope_ext.models.rope_config import RECORD, config_changes
 from hf_rope_ext.models.sites import RopeSite, read_sites
 from hf_rope_ext.models.temperature import softmax_changes
+from hf_rope_ext.patching.arguments import TEXT_ARGUMENTS, PatchArguments
 from hf_rope_ext.patching.placed_index import places_tokens
 from hf_rope_ext.positions.layouts import AppliedLayout, MRopeLayout
 from hf_rope_ext.positions.placement import VisualPositions
 from hf_rope_ext.rotary.axes import axis_names, read_axes
 from hf_rope_ext.rotary.installed import Resolved
-from hf_rope_ext.rotary.request_plan import RequestPlan, RequestPolicy
+from hf_rope_ext.rotary.request_plan import RequestPolicy
 from hf_rope_ext.rotary.rotation import Rotation
 from hf_rope_ext.rotary.vision_towers import (
     AxialRotation,
@@ -45,54 +35,6 @@ from hf_rope_ext.rotary.vision_towers import (
     with_axis_names,
 )
 
-TEMPERATURES = ("rotation", "logits")
-TARGETS = ("text", "vision")
-TEXT_ARGUMENTS = (
-    "layer_types",
-    "limit_only",
-    "mrope_layout",
-    "visual_positions",
-    "requests",
-    "on_growth",
-    "buckets",
-    "compat",
-    "on_plan",
-)
-"""Arguments for text models only."""
-
-
-@dataclass(frozen=True)
-class PatchArguments:
-    """The arguments of `patch_model`; see there."""
-
-    method: str | Method | Mapping[str, str | Method]
-    factor: float | Mapping[str, float] | None = None
-    target_length: int | None = None
-    original_max_position_embeddings: int | None = None
-    layer_types: Sequence[str] | None = None
-    limit_only: bool = False
-    mrope_layout: str | MRopeLayout | None = None
-    visual_positions: VisualPositions | None = None
-    temperature: str = "rotation"
-    replace: bool = False
-    requests: RequestPolicy | None = None
-    on_growth: str | None = None
-    buckets: float | None = None
-    compat: str | None = None
-    on_plan: Callable[[RequestPlan], None] | None = None
-    target: str = "text"
-    knobs: Mapping[str, Any] = field(default_factory=dict)
-
-    @classmethod
-    def from_keywords(cls, method: str | Method, **arguments: Any) -> "PatchArguments":
-        """Return the arguments from keywords that include the method's knobs."""
-        names = {name for name in cls.__dataclass_fields__ if name not in ("method", "knobs")}
-        return cls(
-            method,
-            **{name: value for name, value in arguments.items() if name in names},
-            knobs={name: value for name, value in arguments.items() if name not in names},
-        )
-
 
 def resolve(arguments: PatchArguments, model: nn.Module) -> Resolved:
     """Check the arguments against a model, changing nothing.
@@ -100,17 +42,10 @@ def resolve(arguments: PatchArguments, model: nn.Module) -> Resolved:
     Raises:
         RopeError: If any of them cannot be served.
     """
-    if not isinstance(arguments.method, Method | Mapping):
-        split_name(arguments.method)
-    require_choice("temperature", arguments.temperature, TEMPERATURES, MethodParameterError)
-    require_choice("target", arguments.target, TARGETS, MethodParameterError)
-    for name, least in (("target_length", 1), ("original_max_position_embeddings", 2)):
-        length = getattr(arguments, name)
-        if length is not None:
-            require_integer(name, length, least, unit="positions", error=MethodParameterError)
+    arguments.check()
     if arguments.target == "vision":
         return _resolve_vision(arguments, model)
-    layer_types = _layer_types(arguments.layer_types)
+    layer_types = None if arguments.layer_types is None else tuple(arguments.layer_types)
     sites = read_sites(
         model,
         layer_types=layer_types,
@@ -125,10 +60,10 @@ def resolve(arguments: PatchArguments, model: nn.Module) -> Resolved:
     layouts = [_apply_layout(site, layout) for site in sites]
     changed = layout if any(layouts) else None
     sites = [_assign_axes(site, applied) for site, applied in zip(sites, layouts, strict=True)]
-    method, target = _method(arguments, sites[0].geometry), arguments.target_length
+    method, target = arguments.make_method(sites[0].geometry), arguments.target_length
     if arguments.limit_only:
-        method, target = NoScaling(), _limit(method, arguments, sites[0].geometry)
-    policy = _policy(arguments, method)
+        method, target = NoScaling(), arguments.find_limit(method, sites[0].geometry)
+    policy = arguments.make_policy(method)
     rotations = [
         _rotation(site, method, arguments.temperature, policy, applied)
         for site, applied in zip(sites, layouts, strict=True)
@@ -179,7 +114,7 @@ def _resolve_vision(arguments: PatchArguments, model: nn.Module) -> Resolved:
         )
     sites = read_towers(model, arguments.original_max_position_embeddings)
     names = tower_axes(sites[0])
-    method = _method(arguments, with_axis_names(sites[0].geometry, names))
+    method = arguments.make_method(with_axis_names(sites[0].geometry, names))
     if method.length_dependent:
         raise MethodParameterError(
             f"{method.name} follows the length of a request, but a vision tower sees images of all "
@@ -244,95 +179,6 @@ def _visual(rule: VisualPositions | None, axes: tuple[str, ...]) -> VisualPositi
         )
     rule.factors(axes)
     return rule
-
-
-def _method(arguments: PatchArguments, geometry: RopeGeometry) -> Method:
-    """Return the method with its factor, by axis where any argument is given by axis."""
-    values = {
-        **arguments.knobs,
-        **({} if arguments.factor is None else {"factor": arguments.factor}),
-    }
-    if isinstance(arguments.method, Method) and values:
-        raise MethodParameterError(
-            f"{next(iter(values))} is already set by the method object ({arguments.method!r}); "
-            f"pass one or the other."
-        )
-    if isinstance(arguments.method, PerAxis):
-        method = arguments.method.for_axes(geometry)
-    elif isinstance(arguments.method, Method):
-        method = arguments.method
-    elif any(isinstance(value, Mapping) for value in (arguments.method, *values.values())):
-        method = make_per_axis(arguments.method, values).for_axes(geometry)
-    else:
-        method = _named_method(arguments.method, arguments, geometry)  # type: ignore[arg-type]
-    _require_agreement(method, geometry, arguments.target_length)
-    return method
-
-
-def _named_method(name: str, arguments: PatchArguments, geometry: RopeGeometry) -> Method:
-    """Return the method with its factor, computed from the target length if that was given."""
-    trained = geometry.original_max_position_embeddings
-    target, factor = arguments.target_length, arguments.factor
-    values = dict(arguments.knobs)
-    if factor is not None:
-        values["factor"] = factor
-    elif target is not None and _stretches(name):
-        if target < trained:
-            raise MethodParameterError(
-                f"target_length={target} is less than the trained length {trained}; there is "
-                f"nothing to extend."
-            )
-        values["factor"] = target / trained
-    return make_method(name, **values)
-
-
-def _limit(method: Method, arguments: PatchArguments, geometry: RopeGeometry) -> int:
-    target = arguments.target_length or method.target_length(geometry)
-    if target is None:
-        raise MethodParameterError(
-            "limit_only raises the length limit alone: pass target_length, or a method's factor."
-        )
-    return target
-
-
-def _stretches(name: str) -> bool:
-    """Return whether the method's factor is target length over trained length."""
-    classes = split_name(name)
-    return Dynamic not in classes and any("factor" in knobs(cls) for cls in classes)
-
-
-def _require_agreement(method: Method, geometry: RopeGeometry, target: int | None) -> None:
-    implied = method.target_length(geometry)
-    if target is not None and implied is not None and implied != target:
-        raise MethodParameterError(
-            f"target_length={target} contradicts {method!r}, which is for {implied} positions on a "
-            f"trained length of {geometry.original_max_position_embeddings}; give one of the two."
-        )
-
-
-def _policy(arguments: PatchArguments, method: Method) -> RequestPolicy:
-    """Return the request policy, which only length-dependent methods take."""
-    flat = {
-        name: getattr(arguments, name)
-        for name in ("on_growth", "buckets", "compat", "on_plan")
-        if getattr(arguments, name) is not None
-    }
-    policy = arguments.requests
-    if policy is not None and not isinstance(policy, RequestPolicy):
-        raise MethodParameterError(
-            f"requests must be a RequestPolicy, got {policy!r}: "
-            f"requests=RequestPolicy(on_growth='error')."
-        )
-    if policy is not None and flat:
-        raise MethodParameterError(
-            f"{next(iter(flat))} is given beside requests={policy!r}; set it there."
-        )
-    if (policy is not None or flat) and not method.length_dependent:
-        raise MethodParameterError(
-            f"{next(iter(flat), 'requests')} is for methods that follow the length of the "
-            f"request; {method!r} is the same at every length."
-        )
-    return RequestPolicy(**flat) if policy is None else policy
 
 
 def _rotation(
@@ -404,11 +250,3 @@ def _require_ready(site: RopeSite, arguments: PatchArguments) -> None:
             f"{site.path}: the config does not give the trained length "
             f"({dict(site.rope_scaling)!r}); pass original_max_position_embeddings."
         )
-
-
-def _layer_types(value: Sequence[str] | None) -> tuple[str, ...] | None:
-    if value is None:
-        return None
-    if isinstance(value, str) or not all(isinstance(label, str) for label in value) or not value:
-        raise RopeError(f"layer_types must be a list of layer types, got {value!r}.")
-    return tuple(value)

@@ -9,8 +9,8 @@ import torch
 from torch import nn
 
 from hf_rope_ext.errors import RopeError
+from hf_rope_ext.patching.arguments import TARGETS
 from hf_rope_ext.patching.patch import unpatch_model
-from hf_rope_ext.patching.resolve import TARGETS
 from hf_rope_ext.rotary.installed import patch_of
 from hf_rope_ext.saving.record import apply_record, merge_records, require_known
 

@@ -20,7 +20,8 @@ from hf_rope_ext.methods import NTK, Base, Linear, Method, NoScaling, NTKByParts
 from hf_rope_ext.models.family import Config
 from hf_rope_ext.models.rope_config import stock_attributes
 from hf_rope_ext.models.sites import RopeSite
-from hf_rope_ext.patching.resolve import PatchArguments, resolve
+from hf_rope_ext.patching.arguments import PatchArguments
+from hf_rope_ext.patching.resolve import resolve
 from hf_rope_ext.rotary.installed import patch_of
 from hf_rope_ext.saving.loading import skeleton
 

@@ -343,5 +343,5 @@ def test_the_length_can_be_raised_alone():
 
     assert model.config.text_config.max_position_embeddings == 4 * zoo.TRAINED
     assert torch.equal(zoo.run(model, **inputs), before)
-    with pytest.raises(MethodParameterError, match="limit_only raises the length alone"):
+    with pytest.raises(MethodParameterError, match="limit_only raises the length limit alone"):
         patch_model(model, "none", limit_only=True, replace=True)
