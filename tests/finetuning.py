@@ -1,16 +1,21 @@
-"""A tiny model, tokenizer and text to fine-tune."""
+"""A tiny model, tokenizer and text to fine-tune, in one process or two."""
 
 import json
+import os
 import random
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
+import torch
 from conftest import TRAINED, tiny_llama
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, TrainingArguments
 
 from hf_rope_ext.finetune import Recipe
 
+HERE = Path(__file__).parent
 VOCABULARY = 260
 
 
@@ -76,3 +81,18 @@ def training(directory: Path, **settings: Any) -> TrainingArguments:
 
 
 TARGET = 2 * TRAINED
+
+
+def assert_same(found, expected, **tolerance):
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name], value, **tolerance, msg=name)
+
+
+def launch(script, words, *options):
+    """Run a script in two processes that talk over gloo."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"]
+    command += ["--standalone", *options, str(script), *map(str, words)]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr[-3000:]

@@ -8,7 +8,7 @@ import pytest
 import torch
 import zoo
 from conftest import tiny_llama
-from test_evals import TEXT, make_tokenizer
+from evaluating import TEXT, make_tokenizer
 
 from hf_rope_ext import patch_model
 from hf_rope_ext.cli.app import main

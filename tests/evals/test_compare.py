@@ -12,15 +12,14 @@ from types import SimpleNamespace
 import pytest
 import torch
 from conftest import tiny_llama
-from test_evals import TEXT, make_tokenizer, wide_llama
+from evaluating import TEXT, Scripted, make_tokenizer, small, wide_llama
 from tokenizers import Tokenizer, models
-from torch import nn
 from transformers import PreTrainedTokenizerFast
 
 from hf_rope_ext import RopeError, patch_model, patched
 from hf_rope_ext.evals.answering import SharedPrefix, answer, to_row
 from hf_rope_ext.evals.bench import Bench
-from hf_rope_ext.evals.compare import Comparison, compare, evaluate
+from hf_rope_ext.evals.compare import compare, evaluate
 from hf_rope_ext.evals.documents import build_dataset
 from hf_rope_ext.evals.measures import make_measures
 from hf_rope_ext.evals.registry import TASKS
@@ -35,7 +34,7 @@ from hf_rope_ext.evals.statistics import (
 )
 from hf_rope_ext.evals.text import encode
 from hf_rope_ext.evals.writing import save_report
-from hf_rope_ext.methods import Linear, NoScaling, Yarn
+from hf_rope_ext.methods import Linear, Yarn
 
 
 @pytest.fixture(scope="module")
@@ -45,49 +44,6 @@ def tokenizer():
 
 def nothing(done):
     pass
-
-
-class Scripted(nn.Module):
-    """Continues as the same words went on before, among the last tokens it sees."""
-
-    def __init__(self, sees):
-        super().__init__()
-        self.sees = sees
-        self.weight = nn.Parameter(torch.zeros(1))
-
-    def forward(self, input_ids, use_cache=None, logits_to_keep=0):
-        rows = [
-            [
-                self.next(tokens[: end + 1])
-                for end in range(len(tokens) - logits_to_keep, len(tokens))
-            ]
-            for tokens in input_ids.tolist()
-        ]
-        return SimpleNamespace(logits=nn.functional.one_hot(torch.tensor(rows), 512).float())
-
-    def generate(self, input_ids, attention_mask, generation_config):
-        rows = [
-            row[kept.bool()].tolist() for row, kept in zip(input_ids, attention_mask, strict=True)
-        ]
-        new = [[] for _ in rows]
-        for number, row in enumerate(rows):
-            for _ in range(generation_config.max_new_tokens):
-                new[number].append(self.next(row + new[number]))
-        return torch.cat((input_ids, torch.tensor(new)), dim=1)
-
-    def next(self, tokens):
-        """The token after the last place where the longest possible ending stood before."""
-        visible = tokens[-self.sees :]
-        best, found = 2, 0
-        for start in range(len(visible) - 1):
-            length = 0
-            while (
-                length < 30 and length <= start and visible[start - length] == visible[-1 - length]
-            ):
-                length += 1
-            if length > best:
-                best, found = length, visible[start + 1]
-        return found
 
 
 def grid(model, tokenizer, spec, length, samples=1):
@@ -223,25 +179,6 @@ def test_a_length_beyond_what_the_model_reads_is_refused_unless_asked_for(tokeni
     assert [cell["length"] for cell in found.cells] == [128]
     assert found.methods == ["yarn"]
     assert evaluate(wide_llama(), lengths=["2x"], beyond=True, **ask).cells
-
-
-def small(tokenizer, **changes):
-    settings = {
-        "model": wide_llama(),
-        "tokenizer": tokenizer,
-        "text": TEXT,
-        "methods": {"none": NoScaling(), "yarn": Yarn(8)},
-        "lengths": (420, 600),
-        "tasks": (
-            "rope_passkey_ll:depths=[0,1]",
-            "rope_add",
-            "rope_short",
-            "rope_longppl:windows=1:short=100",
-        ),
-        "windows": 2,
-        "samples": 2,
-    }
-    return Comparison(**{**settings, **changes})
 
 
 @pytest.fixture(scope="module")

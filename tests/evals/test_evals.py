@@ -9,9 +9,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 from conftest import TRAINED, logits, tiny_llama
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from evaluating import TEXT, byte_level, characters, make_tokenizer, unigram, wide_llama, word_piece
 from torch import nn
-from transformers import PreTrainedTokenizerFast
 
 from hf_rope_ext import AlreadyScaledError, RopeError, patch_model
 from hf_rope_ext.evals.bench import Bench
@@ -26,57 +25,6 @@ from hf_rope_ext.evals.writing import make_table, save_report
 from hf_rope_ext.methods import Linear, NoScaling, Yarn
 from hf_rope_ext.parsing import parse_lengths, parse_methods
 
-WORDS = "the cat sat on a mat and then some other animal came by to look at it . \n"
-TEXT = " ".join(f"{WORDS}{number}" for number in range(400))
-
-
-def byte_level():
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=400,
-        special_tokens=["<s>"],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-    )
-    return tokenizer, trainer
-
-
-def unigram():
-    tokenizer = Tokenizer(models.Unigram())
-    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
-    alphabet = sorted(set(TEXT + "0123456789Thepasky.\n"))
-    return tokenizer, trainers.UnigramTrainer(
-        vocab_size=200,
-        special_tokens=["<s>", "<unk>"],
-        unk_token="<unk>",
-        initial_alphabet=alphabet,
-    )
-
-
-def word_piece():
-    tokenizer = Tokenizer(models.WordPiece(unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    return tokenizer, trainers.WordPieceTrainer(
-        vocab_size=300, special_tokens=["<s>", "<unk>"], initial_alphabet=list("0123456789")
-    )
-
-
-def characters():
-    tokenizer = Tokenizer(models.BPE(unk_token="<unk>"))
-    alphabet = sorted(set(TEXT + "0123456789Thepasky.\n"))
-    return tokenizer, trainers.BpeTrainer(
-        vocab_size=2, special_tokens=["<s>", "<unk>"], initial_alphabet=alphabet
-    )
-
-
-def make_tokenizer(kind=byte_level):
-    tokenizer, trainer = kind()
-    trainer.show_progress = False
-    corpus = [TEXT, *(f"\nThe pass key is {number:05d}.\n" for number in range(0, 99999, 997))]
-    tokenizer.train_from_iterator(corpus, trainer)
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>")
-
 
 @pytest.fixture(scope="module")
 def tokenizer():
@@ -86,10 +34,6 @@ def tokenizer():
 @pytest.fixture(scope="module")
 def ids(tokenizer):
     return tokenize(tokenizer, TEXT)
-
-
-def wide_llama():
-    return tiny_llama(vocab_size=512)
 
 
 def nothing(samples):

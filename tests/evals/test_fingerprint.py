@@ -5,8 +5,7 @@ from dataclasses import fields, replace
 import pytest
 import vision
 from conftest import tiny_llama
-from test_compare import small
-from test_evals import TEXT, make_tokenizer, wide_llama, word_piece
+from evaluating import TEXT, make_tokenizer, small, wide_llama, word_piece
 from transformers import MistralConfig, MistralForCausalLM
 
 from hf_rope_ext import RopeError, VisualPositions, load_pretrained, patch_model

@@ -6,9 +6,9 @@ import random
 import pytest
 import torch
 from conftest import TRAINED, logits, tiny_llama
+from evaluating import TEXT, make_tokenizer
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
-from test_evals import TEXT, make_tokenizer
 
 from hf_rope_ext import RopeError, load_pretrained, patch_model, patched, save_pretrained
 from hf_rope_ext.evals.lm_eval.model import RopeHFLM

@@ -10,9 +10,9 @@ from pathlib import Path
 import lm_eval
 import pytest
 from conftest import tiny_llama
+from evaluating import TEXT, make_tokenizer
 from lm_eval import simple_evaluate
 from lm_eval.tasks import TaskManager
-from test_evals import TEXT, make_tokenizer
 
 from hf_rope_ext import RopeError, load_pretrained, patch_model
 from hf_rope_ext.cli.app import main

@@ -5,8 +5,7 @@ from dataclasses import dataclass
 
 import pytest
 import vision
-from test_compare import Scripted, small
-from test_evals import TEXT, make_tokenizer
+from evaluating import TEXT, Scripted, make_tokenizer, small
 
 from hf_rope_ext import RopeError
 from hf_rope_ext.evals.bench import Bench

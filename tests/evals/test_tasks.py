@@ -7,9 +7,9 @@ import string
 import sys
 
 import pytest
+from evaluating import byte_level, characters, make_tokenizer, unigram, word_piece
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_evals import byte_level, characters, make_tokenizer, unigram, word_piece
 
 from hf_rope_ext import RopeError
 from hf_rope_ext.evals.documents import build_dataset, fit

@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import os
 import random
 import signal
 import subprocess
@@ -14,7 +13,7 @@ import pytest
 import torch
 import zoo
 from conftest import TRAINED, logits
-from finetuning import recipe, training, write_model, write_text
+from finetuning import HERE, assert_same, launch, recipe, training, write_model, write_text
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, Trainer
 
@@ -23,8 +22,6 @@ from hf_rope_ext.finetune import RememberRope, add_adapter, finetune, merge_adap
 from hf_rope_ext.finetune.output_dir import find_last_checkpoint
 from hf_rope_ext.patching.patch import patch_model
 from hf_rope_ext.rotary.installed import patch_of
-
-HERE = Path(__file__).parents[1]
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*use_reentrant.*")
 
@@ -48,12 +45,6 @@ def data(tmp_path):
 
 def weights(directory):
     return load_file(directory / "adapter_model.safetensors")
-
-
-def assert_same(found, expected, **tolerance):
-    assert found.keys() == expected.keys()
-    for name, value in expected.items():
-        torch.testing.assert_close(found[name], value, **tolerance, msg=name)
 
 
 def test_a_run_leaves_an_adapter_a_log_a_curve_and_numbers(tmp_path, model, data, ids):
@@ -199,15 +190,6 @@ def shared(model, data, out, rows, settings):
     if rows == 1:
         how["ddp_backend"] = "gloo"
     return recipe(model, data, **settings), training(out, per_device_train_batch_size=rows, **how)
-
-
-def launch(script, words, *options):
-    """Run a script in two processes that talk over gloo."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"]
-    command += ["--standalone", *options, str(script), *map(str, words)]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment)
-    assert done.returncode == 0, done.stderr[-3000:]
 
 
 @pytest.mark.parametrize(

@@ -15,9 +15,17 @@ from accelerate.commands.launch import _validate_launch_command, launch_command_
 from accelerate.utils import FullyShardedDataParallelPlugin, ParallelismConfig
 from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu_env
 from conftest import logits, tiny_llama
-from finetuning import byte_tokenizer, recipe, training, write_model, write_text
+from finetuning import (
+    HERE,
+    assert_same,
+    byte_tokenizer,
+    launch,
+    recipe,
+    training,
+    write_model,
+    write_text,
+)
 from safetensors.torch import load_file
-from test_finetune_run import HERE, assert_same, launch
 
 from hf_rope_ext import RopeError, load_pretrained
 from hf_rope_ext.finetune import finetune
