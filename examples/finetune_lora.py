@@ -15,7 +15,7 @@ from hf_rope_ext.finetune import Recipe, finetune, merge_adapter
 
 
 def main() -> None:
-    """Tune, show what changed, load the adapter again and merge it."""
+    """Tune, print the scores, reload the adapter and merge it."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", default=str(DIRECTORY))
     parser.add_argument("--data", default=str(TEXT))
@@ -41,7 +41,7 @@ def main() -> None:
         lr_scheduler_type="cosine",
         warmup_steps=min(10, arguments.steps),
         per_device_train_batch_size=4,
-        eval_strategy="no",  # at the start and the end it is measured all the same
+        eval_strategy="no",  # it is evaluated before and after training in any case
         save_steps=50,
         report_to="none",
     )
@@ -49,9 +49,9 @@ def main() -> None:
     for name, value in done.after.items():
         print(f"{name:>18}: {done.before[name]:8.3f} -> {value:8.3f}")
 
-    # the adapter remembers the method it was trained under
+    # the adapter is loaded with the method it was trained with
     print(describe(load_pretrained(done.directory)))
-    # and one plain model, for tools that know neither this package nor PEFT
+    # one plain model, for tools without this package or PEFT
     merge_adapter(done.directory, arguments.output / "merged")
 
 

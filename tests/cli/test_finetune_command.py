@@ -295,3 +295,38 @@ def test_the_docs_numbers_are_those_of_the_committed_results():
         rounding = 0.501 if share == 100 else max(0.00501, 0.0025 * numbers[0])
         shown = [float(word.strip(" %")) for word in cell.replace("±", "→").split("→")]
         assert shown == pytest.approx([share * number for number in numbers], abs=rounding)
+
+
+def test_the_docs_table_of_losses_is_that_of_the_committed_results():
+    root = EXAMPLES.parent
+    docs = (root / "docs" / "finetuning.md").read_text(encoding="utf-8")
+    results = json.loads((root / "benchmarks" / "results" / "finetune_loss.json").read_text())
+    results = results["results"]
+    alone = results["loss alone"]
+    rows = [
+        (f"{kind}, {size}", values, form)
+        for kind, name, form in (
+            ("peak MiB", "peak bytes", lambda number: f"{number / 2**20:,.0f}"),
+            ("seconds", "seconds", lambda number: f"{number:.1f}"),
+            (
+                "relative error of the loss",
+                "relative errors",
+                lambda errors: f"{errors['loss']:.0e}",
+            ),
+            (
+                "relative error of the weight's gradient",
+                "relative errors",
+                lambda errors: f"{errors['gradient of weight']:.1e}",
+            ),
+        )
+        for size, values in alone[name].items()
+    ]
+
+    assert len(rows) == 14
+    for title, values, form in rows:
+        sides = ("all logits", "calls", "torch", "torch in float32")
+        cells = [form(values[side]) if side in values else "" for side in sides]
+        assert f"| {' | '.join([title, *cells])} |".replace("|  |", "| |") in docs
+    assert f"peaks at {results['chunked memory over plain']:.2f} of the memory" in docs
+    speed = results["chunked speed over plain"]["median"]
+    assert f"takes {1 / speed:.2f} of the time" in docs
