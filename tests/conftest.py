@@ -9,18 +9,19 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 TRAINED = 64
 
-# `make test-quick` runs tests of every family on these alone: plain, by layer type, latent
-# attention, the rotation of GPT-J, and M-RoPE in chunks and interleaved
-REPRESENTATIVES = {"llama", "gemma3_text", "deepseek_v3", "gptj", "qwen2_5_vl", "qwen3_vl"}
+# `make test-quick` runs what is parametrized by family, or by family and method, on these alone
+QUICK_FAMILIES = {"llama", "gemma3_text", "qwen2_5_vl"}
+QUICK_METHODS = {"yarn", "dynamic_yarn"}
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark what is parametrized by family as a sweep, but for the representatives."""
+    """Mark tests of every other family and method as sweeps."""
     for item in items:
         parameters = getattr(item, "callspec", None)
         values = parameters.params if parameters else {}
         family = values.get("family", values.get("model_type"))
-        if family is not None and family not in REPRESENTATIVES:
+        method = values.get("method", values.get("name", "yarn"))
+        if family is not None and not (family in QUICK_FAMILIES and method in QUICK_METHODS):
             item.add_marker(pytest.mark.sweep)
 
 

@@ -22,9 +22,13 @@ def slowdowns(pairs: int, factor: float = 4.0) -> list[float]:
 
 def knobs(name: str, pairs: int = 8, factor: float = 4.0) -> dict[str, Any]:
     """Valid knobs of a method on a model with that many pairs."""
-    required = {field.name for field in fields(METHODS[name]) if field.default is MISSING}
     values = {"factor": factor, "long_factor": slowdowns(pairs, factor)}
-    return {**{knob: values[knob] for knob in values if knob in required}, **NEEDED.get(name, {})}
+    chosen = {}
+    for part in name.split("+"):
+        required = {field.name for field in fields(METHODS[part]) if field.default is MISSING}
+        chosen |= {knob: values[knob] for knob in values if knob in required}
+        chosen |= NEEDED.get(part, {})
+    return chosen
 
 
 # a factor is all that they need
