@@ -39,6 +39,7 @@ def test_cached_greedy_decoding_is_that_of_the_full_forward_at_the_planned_lengt
         assert relative(torch.stack(cached.logits), torch.stack(other.logits)) < 1e-4
 
 
+@pytest.mark.sweep
 @pytest.mark.parametrize("method", PER_REQUEST)
 def test_an_image_in_the_prompt_is_planned_by_positions(method):
     model, twin = zoo.build("qwen2_vl"), zoo.build("qwen2_vl")
@@ -65,6 +66,7 @@ def test_the_decoding_of_stock_dynamic_does_not_agree_with_its_cache():
     assert not torch.equal(greedy(model, ids, 60), greedy(model, ids, 60, use_cache=False))
 
 
+@pytest.mark.sweep
 @pytest.mark.parametrize(
     "arguments",
     [

@@ -153,6 +153,7 @@ def test_a_paged_cache_is_refused():
         dynamic().model(text(1, 10), cache=SimpleNamespace())
 
 
+@pytest.mark.sweep
 @pytest.mark.parametrize("method", PER_REQUEST)
 def test_making_a_plan_never_waits_for_the_device(method):
     """A value fetched from the device would break the graph."""
@@ -166,6 +167,7 @@ def test_making_a_plan_never_waits_for_the_device(method):
     assert torch.equal(found, logits(model, ids))
 
 
+@pytest.mark.sweep
 def test_the_decode_step_compiles_whole_and_does_not_compile_again_as_it_grows():
     torch._dynamo.reset()
     model, ids = dynamic(), text(1, 120)
@@ -191,6 +193,7 @@ def test_the_decode_step_compiles_whole_and_does_not_compile_again_as_it_grows()
     assert relative(torch.cat(found, dim=1), expected[:, 40:]) < 1e-5
 
 
+@pytest.mark.sweep
 def test_a_growing_cache_in_a_planned_loop_compiles_whole():
     torch._dynamo.reset()
     model, ids = dynamic(), text(1, 120)

@@ -208,6 +208,7 @@ def test_a_merged_adapter_keeps_rotation_and_config(ids, tmp_path):
     assert relative(logits(stock, ids), expected) < 1e-4
 
 
+@pytest.mark.sweep
 @pytest.mark.parametrize("method", ["linear", "ntk", "yarn", "dynamic_yarn"])
 def test_the_whole_model_compiles_without_a_break_and_recompiles_once_for_a_new_length(
     method, llama, ids
@@ -302,7 +303,9 @@ def test_a_quantized_model_keeps_its_weights_and_gets_the_same_frequencies(llama
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
-@pytest.mark.parametrize("attention", ["eager", "sdpa", "flex_attention"])
+@pytest.mark.parametrize(
+    "attention", ["eager", "sdpa", pytest.param("flex_attention", marks=pytest.mark.sweep)]
+)
 def test_attention_back_ends_agree(ids, attention):
     torch._dynamo.reset()
     model = patch_model(tiny_llama(attn_implementation=attention), "yarn", factor=4)

@@ -173,6 +173,7 @@ def test_text_is_bit_for_bit_as_it_was_and_images_are_not(model_type, name):
     assert torch.equal(zoo.run(model, **image), before[1])
 
 
+@pytest.mark.sweep
 @pytest.mark.parametrize("name", NAMES)
 def test_it_trains_copies_and_keeps_its_cache(name):
     model = zoo.build("qwen2_5_vl")
@@ -224,6 +225,7 @@ def test_describe_and_a_warning_say_that_it_has_to_be_trained():
     assert "mrope_layout: name='videorope'" in str(found)
 
 
+@pytest.mark.sweep
 @pytest.mark.parametrize("name", ["chunked", "videorope", "hope", "mhrope"])
 def test_it_compiles(name):
     model = zoo.build("qwen3_vl")

@@ -243,6 +243,7 @@ def test_it_is_the_positions_that_move():
     assert length.positions == math.ceil(by_hand.max()) + 1
 
 
+@pytest.mark.sweep
 @pytest.mark.parametrize("name", available_methods())
 def test_it_composes_with_every_method(name):
     model = zoo.build("qwen2_vl")

@@ -193,6 +193,7 @@ def test_stock_tools_load_what_was_saved_with_the_same_logits(model_type, tmp_pa
     assert relative(zoo.run(load_pretrained(tmp_path), **inputs), expected) == 0.0
 
 
+@pytest.mark.sweep
 @pytest.mark.parametrize("method", sorted({*PER_REQUEST} & {*FACTOR_ONLY}))
 def test_cached_generation_agrees_where_one_axis_follows_the_request(method, tmp_path):
     model = zoo.build("qwen2_5_vl")

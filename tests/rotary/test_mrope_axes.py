@@ -93,6 +93,7 @@ def test_drawn_glyphs_differ_and_fit_their_cells():
     assert not edges.any()
 
 
+@pytest.mark.sweep
 @torch.no_grad()
 def test_the_tower_tells_glyphs_apart_and_not_places(model):
     videos = scenes.videos(Generator().manual_seed(0), 2, zoom=2)
@@ -108,6 +109,7 @@ def test_the_tower_tells_glyphs_apart_and_not_places(model):
     assert torch.pdist(by_glyph.flatten(0, 1)).min() > 0.01
 
 
+@pytest.mark.sweep
 @torch.no_grad()
 @pytest.mark.parametrize("way", ["yarn, grown axes", "visual positions", "frame times"])
 def test_all_questions_at_once_are_answered_as_one_by_one(model, way):

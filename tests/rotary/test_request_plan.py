@@ -28,6 +28,7 @@ def test_a_length_that_is_a_bucket_stays_in_it():
         assert policy.round_up(length, TRAINED).item() == pytest.approx(length.item(), rel=1e-12)
 
 
+@pytest.mark.sweep
 @pytest.mark.parametrize(
     "rope",
     [

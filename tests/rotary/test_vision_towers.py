@@ -91,6 +91,7 @@ def assert_same(model, before):
     assert all(torch.equal(tensor, before[0][name]) for name, tensor in tensors.items())
 
 
+@pytest.mark.sweep
 def test_every_axial_tower_of_transformers_is_tested():
     def is_axial(config):
         own = getattr(config, "rope_parameters", None) or {}
