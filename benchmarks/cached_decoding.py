@@ -26,10 +26,18 @@ from hf_rope_ext.models.sites import read_sites
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
 import zoo
 from decoding import FAMILIES, greedy, text
-from method_knobs import PER_REQUEST, knobs
+from method_knobs import PER_REQUEST
+from method_knobs import knobs as knobs_of
 
 STOCK = ("dynamic", "longrope")
 BUCKETS = (1.05, 1.1, 1.25, 1.5, 2.0)
+
+
+def knobs(method: str, pairs: int) -> dict[str, Any]:
+    """Return the knobs of a method; of longrope, slowdowns from 1 to almost 3."""
+    if method == "longrope":
+        return {"factor": 4, "long_factor": [1 + 2 * pair / pairs for pair in range(pairs)]}
+    return knobs_of(method, pairs)
 
 
 def agreement(model: Any, ids: Tensor, new: int) -> float:

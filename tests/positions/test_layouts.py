@@ -276,7 +276,7 @@ def test_a_cache_by_heads_cannot_be_turned():
     ids = torch.randint(10, 128, (1, 100))
     with torch.no_grad():
         cache = model(ids[:, :64], use_cache=True).past_key_values
-        with pytest.raises(RopeError, match="heads with axes of their own"):
+        with pytest.raises(RopeError, match="heads with different axes"):
             model(ids[:, 64:], past_key_values=cache)
 
 

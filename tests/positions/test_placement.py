@@ -302,7 +302,7 @@ def test_frames_with_text_between_them_are_warned_about():
 
 def test_what_cannot_be_placed_is_refused(llama):
     for name in ("glm_image", "minicpmv4_7"):
-        with pytest.raises(UnsupportedModelError, match="lays images out by another rule"):
+        with pytest.raises(UnsupportedModelError, match="does not place images as blocks"):
             patch_model(zoo.build(name), "none", visual_positions=VisualPositions())
     with pytest.raises(UnsupportedModelError, match="none has get_rope_index"):
         patch_model(zoo.build("neomme"), "none", visual_positions=VisualPositions())

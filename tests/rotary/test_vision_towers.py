@@ -327,6 +327,8 @@ def test_text_and_vision_are_patched_and_undone_apart(model_type):
         original_max_position_embeddings=TRAINED,
     ):
         pass
+    assert_same(model, both)
+    unpatch_model(model, target="vision")
     assert_same(model, text_alone)
     scale(model, "linear", factor=2)
     with pytest.raises(AlreadyScaledError, match="vision is already patched with Linear"):
