@@ -234,7 +234,7 @@ def test_plot_draws_curves(run, model, tmp_path):
         (("compare", "{model}", "--text", "{text}", "--tasks", "rope_kv:depths"), "not option="),
         (
             ("compare", "{model}", "--text", "{text}", "--tasks", "rope_kv", "--lengths", "1x"),
-            "no room for the task",
+            "too short for the task",
         ),
     ],
 )
