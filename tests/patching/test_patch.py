@@ -7,6 +7,7 @@ import warnings
 import pytest
 import torch
 from conftest import TRAINED, logits, relative, tiny_llama
+from method_knobs import FACTOR_ONLY, PER_REQUEST
 from torch import nn
 from transformers import (
     BertConfig,
@@ -424,7 +425,7 @@ def test_each_row_of_a_batch_has_its_own_length(llama):
     assert torch.equal(alone_short, logits(tiny_llama(), short))
 
 
-@pytest.mark.parametrize("method", ["dynamic", "dynamic_ntk", "dynamic_linear", "dynamic_yarn"])
+@pytest.mark.parametrize("method", [name for name in PER_REQUEST if name in FACTOR_ONLY])
 def test_a_short_request_is_bit_identical_before_and_after_a_long_one(llama, ids, method):
     short = ids[:, :TRAINED]
     expected = logits(llama, short)
