@@ -32,10 +32,9 @@ check: $(VENV)/.dev
 test: $(VENV)/.dev
 	$(BIN)/pytest --numprocesses auto
 
-# The tests that are not marked `sweep` and stand outside the rooms of long runs (training, lm-eval,
-# whole comparisons, scripts), which are not even imported: under 90 seconds on two cores.
-LONG := finetune/ evals/test_compare.py evals/test_lm_eval.py evals/test_lm_eval_tasks.py evals/test_tasks.py \
-	evals/test_visual_documents.py cli/ test_examples.py test_packaging.py rotary/test_mrope_axes.py
+# The tests that are not marked `sweep`, without the rooms of long runs (commands, comparisons,
+# training, scripts), which are not even imported: under 90 seconds on two cores.
+LONG := cli evals finetune rotary/test_mrope_axes.py test_examples.py test_packaging.py
 test-quick: $(VENV)/.dev
 	$(BIN)/pytest --numprocesses auto -m "not sweep and not slow and not gpu" $(LONG:%=--ignore tests/%)
 
