@@ -216,7 +216,8 @@ class Run:
         if name == "delete":
             del config.hf_rope_ext
         else:
-            config.rope_parameters = {"rope_type": "default", "rope_theta": 77.0}
+            if hasattr(config, "rope_parameters"):  # GPT-J has none
+                config.rope_parameters = {"rope_type": "default", "rope_theta": 77.0}
             config.max_position_embeddings = 5
         unpatch_model(self.model, "text")
         self.set("text", None)
