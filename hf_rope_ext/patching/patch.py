@@ -102,7 +102,7 @@ def patch_model(
     Raises:
         RopeError: One of its subclasses; the model is then unchanged.
     """
-    options = {
+    options = {  # the keyword arguments as they were passed; nothing else is local yet
         name: value
         for name, value in locals().items()
         if name not in ("model", "method", "probe", "method_knobs")
