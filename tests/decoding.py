@@ -4,13 +4,23 @@ The twin has the static method that a request of the planned length gets, and de
 cache; it is checked against stock transformers elsewhere.
 """
 
+import inspect
+
 import torch
 from conftest import tiny_llama
 from method_knobs import knobs
+from transformers import LlamaForCausalLM
 
 from hf_rope_ext import patch_model
 from hf_rope_ext.methods import make_method
 from hf_rope_ext.models.sites import read_sites
+
+CACHE = next(
+    name
+    for name in inspect.signature(LlamaForCausalLM.forward).parameters
+    if name in ("cache", "past_key_values")
+)
+"""What the installed transformers calls a cache."""
 
 FAMILIES = (
     "llama", "gemma3_text", "gpt_neox", "cohere", "deepseek_v3", "gpt_oss", "qwen3", "qwen2_vl",
@@ -44,8 +54,8 @@ def step_by_step(model, ids, prompt, cache=None):
     found = []
     for first, last in [(0, prompt), *((at, at + 1) for at in range(prompt, ids.shape[1]))]:
         with torch.no_grad():
-            out = model(ids[:, first:last], past_key_values=cache, use_cache=True)
-        cache = out.past_key_values
+            out = model(ids[:, first:last], **{CACHE: cache}, use_cache=True)
+        cache = out[CACHE]
         found.append(out.logits)
     return torch.cat(found, dim=1), cache
 

@@ -19,6 +19,7 @@ from torch.nn import functional
 from hf_rope_ext.changes import SetAttributes, apply_all, revert_all
 from hf_rope_ext.checks import require_integer
 from hf_rope_ext.errors import RopeError
+from hf_rope_ext.models import host
 
 NAME = "hf_rope_shifted"
 """Under which transformers knows the attention and its mask."""
@@ -45,7 +46,7 @@ class ShiftedAttention:
 
         require_integer("groups", groups, least=2)
         models = [part for part in model.modules() if isinstance(part, PreTrainedModel)]
-        if not models or not models[0]._supports_attention_backend:
+        if not models or not host.takes_attention(models[0]):
             raise RopeError(
                 f"{type((models or [model])[0]).__name__} does not use transformers' attention "
                 f"interface, so its attention cannot be replaced; train with full attention."
@@ -61,14 +62,9 @@ class ShiftedAttention:
 
     def apply(self) -> None:
         """Replace the attention."""
-        from transformers import AttentionInterface
-        from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
-
-        # by these names alone, which no model uses that is not told to
-        AttentionInterface.register(NAME, shifted_attention)
-        # without a twin of the same name transformers hands over no mask, padding or not
-        AttentionMaskInterface.register(NAME, sdpa_mask)
-        self.before = [config._attn_implementation for config in self.configs]
+        # by this name alone, which no model uses that is not told to
+        host.register_attention(NAME, shifted_attention)
+        self.before = [host.attention_name(config) for config in self.configs]
         self.model.set_attn_implementation(NAME)
         apply_all(self.groups)
 
@@ -77,7 +73,7 @@ class ShiftedAttention:
         revert_all(self.groups)
         if self.before is not None:
             for config, implementation in zip(self.configs, self.before, strict=True):
-                config._attn_implementation = implementation
+                host.set_attention_name(config, implementation)
             self.before = None
 
 

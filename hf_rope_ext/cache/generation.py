@@ -1,16 +1,15 @@
 """The final length of a request, as `generate` knows it, or `planned` for a hand-written loop."""
 
-import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 from torch import nn
 
-from hf_rope_ext.cache.cache_parts import CACHES, self_attention_cache
 from hf_rope_ext.cache.planner import Planner
 from hf_rope_ext.changes import AddHooks, Change, StandIn
 from hf_rope_ext.errors import RopeError, UnsupportedModelError
+from hf_rope_ext.models import host
 from hf_rope_ext.models.find import innermost_models
 from hf_rope_ext.rotary.installed import SwapRotary
 from hf_rope_ext.rotary.request_plan import RUNNING, CachePlan, Generation, plan_of
@@ -24,6 +23,7 @@ class Generate(StandIn):
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Generate."""
         ids = kwargs.get("input_ids", kwargs.get("inputs", args[0] if args else None))
+        kwargs = host.with_cache_named(kwargs, host.cache_argument(type(self.model).forward))
         with _generating(Generation(input_ids=ids, outer=RUNNING.generation)):
             return self.stock(*args, **kwargs)
 
@@ -31,13 +31,12 @@ class Generate(StandIn):
 class PrepareCache(StandIn):
     """Stands in for transformers' cache preparation, where the request's length is known."""
 
-    name = "_prepare_cache_for_generation"
+    name = host.PREPARE_CACHE
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Prepare the cache and record the length of the request."""
         result = self.stock(*args, **kwargs)
-        values = self.__signature__.bind(*args, **kwargs).arguments
-        _prepare(values["generation_config"], values["model_kwargs"], values["max_cache_length"])
+        _prepare(host.GenerateRequest.from_call(self.__signature__, args, kwargs))
         return result
 
 
@@ -63,12 +62,10 @@ def planning_changes(model: nn.Module, swaps: Sequence[SwapRotary]) -> list[Chan
         changes.append(AddHooks(inner, planner.begin, planner.end))
         generating |= {id(part): part for part in around if isinstance(part, GenerationMixin)}
     for part in generating.values():
-        prepare = getattr(type(part), PrepareCache.name, lambda: None)
-        known = inspect.signature(prepare).parameters
-        if not {"generation_config", "model_kwargs", "max_cache_length"} <= set(known):
+        if not host.GenerateRequest.is_known(type(part)):
             raise UnsupportedModelError(
-                f"{type(part).__name__} does not prepare its cache as transformers 5.23 does, so a "
-                f"request cannot be planned; nothing was changed."
+                f"generate of {type(part).__name__} prepares its cache in an unknown way in "
+                f"{host.describe_release()}, so a request cannot be planned; nothing was changed."
             )
         # a method that the user has put on the instance stays
         changes += [
@@ -108,34 +105,30 @@ def _generating(generation: Generation) -> Iterator[None]:
         RUNNING.generation = outer
 
 
-def _prepare(config: Any, model_kwargs: Mapping[str, Any], max_cache_length: int) -> None:
+def _prepare(request: host.GenerateRequest) -> None:
     """Record the length of a request, and make sure that a cache passed in can serve it."""
     generation = RUNNING.generation
     if generation is None:
         return
     # an assistant drafts no further than the model it drafts for
     outer = generation.outer.max_length if generation.outer is not None else None
-    generation.max_length = length = max(max_cache_length + 1, outer or 0)
-    chunk, mask = config.prefill_chunk_size, model_kwargs.get("attention_mask")
+    generation.max_length = length = max(request.length, outer or 0)
+    chunk, mask = request.config.prefill_chunk_size, request.arguments.get("attention_mask")
     if chunk is not None and mask is not None and not mask[:, :chunk].any(dim=-1).all():
         raise RopeError(
             f"prefill_chunk_size={chunk} gives a row of the batch nothing but padding in its first "
             f"chunk, so its length is not known yet; use longer chunks."
         )
-    caches = [model_kwargs[name] for name in CACHES if model_kwargs.get(name) is not None]
-    plan = plan_of(*caches) if caches else None
+    cache = host.given_cache(request.arguments)
+    plan = plan_of(cache)
     if plan is None:
         return
-    (cache,) = caches
-    seen = int(self_attention_cache(cache).get_seq_length())
-    # transformers' own test for whether it was given the whole text or its new part
-    tokens = getattr(config, "_mask_length", -1) if mask is None else mask.shape[1]
-    whole = model_kwargs.get("inputs_embeds") is not None or (
-        generation.input_ids is not None and generation.input_ids.shape[1] == tokens
-    )
-    if seen and not whole:
+    seen = int(host.self_attention_cache(cache).get_seq_length())
+    if seen and not request.has_whole_text(generation.input_ids):
         generation.max_length = seen + length
-    elif seen and length > max(plan.capacity, plan.trained) and _can_refill(plan, model_kwargs):
+    elif (
+        seen and length > max(plan.capacity, plan.trained) and _can_refill(plan, request.arguments)
+    ):
         cache.reset()  # refilled from the whole text under a longer plan, which is exact
         seen = 0
     if not seen:

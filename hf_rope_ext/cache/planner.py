@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hf_rope_ext.cache.cache_parts import CACHES, fixed_size, output_cache, self_attention_cache
 from hf_rope_ext.cache.rerotation import KeyLayout, position_axes, read_layout, turn_keys
 from hf_rope_ext.errors import RopeError
+from hf_rope_ext.models import host
 from hf_rope_ext.rotary.extended import ExtendedRotary
 from hf_rope_ext.rotary.request_plan import RUNNING, CachePlan, Call, plan_of, row_lengths
 
@@ -35,26 +35,33 @@ class Planner:
         self.trained = rotation.geometry.original_max_position_embeddings
         self.axes = max(map(position_axes, rotaries))
         self.parameters = tuple(inspect.signature(model.forward).parameters)
-        self.cache_name = next((name for name in CACHES if name in self.parameters), None)
+        self.cache_name = host.cache_argument(model.forward)
         self.layout: KeyLayout | None = None
 
-    def begin(self, model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+    def begin(
+        self, model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Find or make the plan of a call (forward pre-hook).
+
+        Returns:
+            Its arguments, with a cache under the name that the model knows.
 
         Raises:
             RopeError: If the cache was filled under another plan, or has outgrown its own and the
                 policy forbids that.
         """
+        kwargs = host.with_cache_named(kwargs, self.cache_name)
         arguments = {**dict(zip(self.parameters, args, strict=False)), **kwargs}
-        if arguments.get("cache") is not None:
+        cache = host.given_cache(arguments)
+        if cache is not None and host.is_paged(cache):
             raise RopeError(
                 f"{self.method} cannot serve a paged cache, in which the rows of all requests are "
                 f"one; use generate, or a static method."
             )
-        cache = arguments.get(self.cache_name) if self.cache_name else None
         call = self._call(model, cache, arguments.get("position_ids"), *_shape(arguments))
         call.owner, call.outer = self, RUNNING.call
         RUNNING.call = call
+        return args, kwargs
 
     def end(
         self, model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Any
@@ -69,7 +76,7 @@ class Planner:
         RUNNING.call = call.outer
         if output is None or call.plan.lengths is None:
             return
-        cache = output_cache(output)
+        cache = host.output_cache(output)
         if cache is not None and plan_of(cache) is None:
             cache.hf_rope_ext_plan = call.plan
         report = self.policy.on_plan
@@ -83,7 +90,7 @@ class Planner:
         limit = generation.max_length if generation is not None else None
         if cache is None:
             return self._first(None, tokens, limit)
-        seen = self_attention_cache(cache).get_seq_length()
+        seen = host.self_attention_cache(cache).get_seq_length()
         plan = plan_of(cache)
         if isinstance(seen, Tensor):  # a cache of fixed size: it cannot outgrow its plan
             if plan is None or plan.lengths is None:
@@ -142,7 +149,7 @@ class Planner:
 
     def _first(self, cache: Any, tokens: int, limit: int | None) -> Call:
         """Return the first call of a request, which makes its plan."""
-        size = None if cache is None or limit else fixed_size(self_attention_cache(cache))
+        size = None if cache is None or limit else host.fixed_size(host.self_attention_cache(cache))
         capacity = max(size or limit or 0, tokens)
         plan = CachePlan(self.method, self.trained, self.policy, capacity)
         if cache is not None:
@@ -169,7 +176,8 @@ class Planner:
             )
         assert plan.lengths is not None
         if plan.positions is not None:  # the cache may have been cropped
-            plan.positions = plan.positions[..., : self_attention_cache(cache).get_seq_length()]
+            held = host.self_attention_cache(cache).get_seq_length()
+            plan.positions = plan.positions[..., :held]
         capacity = max(limit, needed) if limit else plan.policy.grow(needed, self.trained)
         capacity = max(capacity, plan.capacity)
         lengths = (plan.lengths if beyond is None else beyond) + (capacity - plan.capacity)
@@ -182,7 +190,7 @@ class Planner:
         if bool((lengths > self.trained).any()):  # within the trained length all plans agree
             if self.layout is None:
                 self.layout = read_layout(model, self.rotaries)
-            turn_keys(self_attention_cache(cache), self.layout, plan, frequencies)
+            turn_keys(host.self_attention_cache(cache), self.layout, plan, frequencies)
         plan.frequencies, plan.lengths, plan.capacity = frequencies, lengths, capacity
 
 

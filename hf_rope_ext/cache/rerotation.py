@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from hf_rope_ext.errors import RopeError
 from hf_rope_ext.geometry import Scale
+from hf_rope_ext.models import host
 from hf_rope_ext.models.smallest_call import arguments_for
 from hf_rope_ext.rotary.extended import ExtendedRotary
 from hf_rope_ext.rotary.request_plan import RUNNING, CachePlan, Call, RequestPolicy
@@ -83,7 +84,7 @@ def turn_keys(
         RopeError: If the cache keeps its keys in a form that cannot be rotated; nothing is changed.
     """
     for layer in cache.layers:
-        if hasattr(layer, "_quantized_keys") or hasattr(layer, "_dequantize"):
+        if host.is_quantized(layer):
             raise RopeError(
                 f"{type(layer).__name__} keeps quantized keys, which cannot be rotated to a longer "
                 f"plan; nothing was changed. Run the loop in `planned(max_length)`."
@@ -247,8 +248,6 @@ class _Reader:
         self, angles: Mapping[str, Tensor], scaling: float = 1.0, axis: int | None = None
     ) -> dict[tuple[int, str], Tensor]:
         """Return what is cached for the tokens, ``(samples, width)``, float32, on the CPU."""
-        from transformers import DynamicCache
-
         plan = CachePlan("", 1, RequestPolicy(), 1)
         for rotary in self.rotaries:
             for key, label in rotary.names().items():
@@ -261,11 +260,12 @@ class _Reader:
             if axis is not None:
                 positions[:axis] = 0
                 positions[axis + 1 :] = 0
-        cache = DynamicCache(config=self.model.config)
+        cache = host.new_cache(self.model.config)
         arguments = arguments_for(self.model, self.device)[0]
         arguments = {name: value for name, value in arguments.items() if name != "use_cache"}
         arguments["input_ids"] = torch.arange(1, SAMPLES + 1, device=self.device)[:, None]
-        arguments |= {"position_ids": positions, "past_key_values": cache, "use_cache": True}
+        name = host.cache_argument(self.model.forward)
+        arguments |= {"position_ids": positions, str(name): cache, "use_cache": True}
         outer, RUNNING.call = RUNNING.call, Call(plan, is_noted=True)
         try:
             with torch.no_grad(), torch.random.fork_rng(devices=[]):

@@ -14,11 +14,8 @@ from typing import Any
 from torch import nn
 
 from hf_rope_ext.changes import AddHooks, Change, StandIn
+from hf_rope_ext.models import host
 from hf_rope_ext.rotary.installed import SwapRotary
-
-DELTAS = "rope_deltas"
-NOTES = (DELTAS, "_cached_decode_position_ids", "_prefill_len")
-"""Attributes that models use as notes; None before the first request."""
 
 
 class _Prepared(threading.local):
@@ -40,13 +37,22 @@ class PositionNotes:
 
     def __init__(self, model: nn.Module) -> None:
         self.parameters = tuple(inspect.signature(model.forward).parameters)
+        self.cache_name = host.cache_argument(model.forward)
 
-    def recall(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-        """Restore the cache's note before a call that computes its own positions (pre-hook)."""
+    def recall(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Restore the cache's note before a call that computes its own positions (pre-hook).
+
+        Returns:
+            Its arguments, with a cache under the name that the model knows.
+        """
+        kwargs = host.with_cache_named(kwargs, self.cache_name)
         arguments = {**dict(zip(self.parameters, args, strict=False)), **kwargs}
         if arguments.get("position_ids") is None:
             _PREPARED.model = None
-            _recall(module, arguments.get("past_key_values"))
+            _recall(module, host.given_cache(arguments))
+        return args, kwargs
 
     def keep(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Any
@@ -60,7 +66,7 @@ class PositionNotes:
             note = _PREPARED.note
         else:
             return  # positions passed by the user, or by a running `generate`
-        cache = getattr(output, "past_key_values", arguments.get("past_key_values"))
+        cache = host.output_cache(output) or host.given_cache(arguments)
         if cache is not None:
             cache.hf_rope_ext_note = note
 
@@ -73,7 +79,7 @@ class PreparePositions(StandIn):
         inner: The model that keeps the note.
     """
 
-    name = "_prepare_position_ids_for_generation"
+    name = host.PREPARE_POSITIONS
 
     def __init__(self, model: nn.Module, inner: nn.Module) -> None:
         super().__init__(model)
@@ -81,7 +87,7 @@ class PreparePositions(StandIn):
 
     def __call__(self, inputs: Any, model_kwargs: Mapping[str, Any]) -> Any:
         """Prepare the positions under the note of the cache that is passed in."""
-        _recall(self.inner, model_kwargs.get("past_key_values"))
+        _recall(self.inner, host.given_cache(model_kwargs))
         result = self.stock(inputs, model_kwargs)
         _PREPARED.model, _PREPARED.note = self.inner, _noted(self.inner)
         return result
@@ -97,7 +103,7 @@ def note_changes(model: nn.Module, swaps: Sequence[SwapRotary]) -> list[Change]:
     changes: list[Change] = []
     rotating = {parent for swap in swaps for parent in swap.parents}
     prepared = set()
-    for inner in [part for part in model.modules() if hasattr(part, DELTAS)]:
+    for inner in [part for part in model.modules() if hasattr(part, host.POSITION_NOTES[0])]:
         if rotating.isdisjoint(inner.modules()):
             continue
         notes = PositionNotes(inner)
@@ -115,10 +121,10 @@ def _recall(module: nn.Module, cache: Any) -> None:
     note: Mapping[str, Any] = {}
     if cache is not None and int(cache.get_seq_length()):
         note = getattr(cache, "hf_rope_ext_note", {})
-    for name in NOTES:
+    for name in host.POSITION_NOTES:
         if hasattr(module, name):
             setattr(module, name, note.get(name))
 
 
 def _noted(module: nn.Module) -> Mapping[str, Any]:
-    return {name: getattr(module, name) for name in NOTES if hasattr(module, name)}
+    return {name: getattr(module, name) for name in host.POSITION_NOTES if hasattr(module, name)}

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from hf_rope_ext.changes import SetAttributes, StandIn
 from hf_rope_ext.errors import UnsupportedModelError
+from hf_rope_ext.models import host
 from hf_rope_ext.models.family import Config, family_of, text_configs
 from hf_rope_ext.positions.placement import VisualPositions, place_visual_tokens
 
@@ -29,7 +30,7 @@ class PlacedIndex(StandIn):
         next_text: The model's own rule for the text after them.
     """
 
-    name = "get_rope_index"
+    name = host.POSITION_RULE
 
     def __init__(
         self, model: nn.Module, rule: VisualPositions, axes: tuple[str, ...], next_text: str

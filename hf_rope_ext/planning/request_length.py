@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_rope_ext.errors import RopeError
+from hf_rope_ext.models import host
 from hf_rope_ext.models.family import Config, family_of
 from hf_rope_ext.models.sites import RopeSite, read_sites
 from hf_rope_ext.patching.placed_index import PlacedIndex
@@ -145,7 +146,7 @@ def position_rule(model: nn.Module, site: RopeSite) -> Any:
     It is the one around the rotary module: other towers can have rules of their own.
     """
     for part in model.modules():
-        if hasattr(part, "get_rope_index") and site.rotary.parent in set(part.modules()):
+        if hasattr(part, host.POSITION_RULE) and site.rotary.parent in set(part.modules()):
             return part
     return None
 
@@ -170,7 +171,7 @@ def visual_tokens(config: Config, grid: Tensor, *, video: bool) -> Tensor:
 
 def _rule_positions(part: Any, inputs: dict[str, Any]) -> Tensor | None:
     """Return the positions computed by the family's own rule; None for text alone."""
-    known = inspect.signature(part.get_rope_index).parameters
+    known = inspect.signature(getattr(part, host.POSITION_RULE)).parameters
     arguments = {_RULE_NAMES.get(name, name): value for name, value in inputs.items()}
     if (audio := inputs.get("feature_attention_mask")) is not None:
         arguments["audio_seqlens"] = audio.sum(dim=-1)
@@ -188,7 +189,7 @@ def _rule_positions(part: Any, inputs: dict[str, Any]) -> Tensor | None:
         )
     _require_grids_match(part.config, arguments)
     try:
-        return _copy_of(part).get_rope_index(**arguments)[0]  # type: ignore[no-any-return]
+        return getattr(_copy_of(part), host.POSITION_RULE)(**arguments)[0]  # type: ignore[no-any-return]
     except (
         AttributeError,
         IndexError,

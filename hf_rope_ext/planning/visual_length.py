@@ -14,6 +14,7 @@ from torch import nn
 
 from hf_rope_ext.checks import require_integer, require_number
 from hf_rope_ext.errors import RopeError
+from hf_rope_ext.models import host
 from hf_rope_ext.models.family import Config, family_of
 from hf_rope_ext.models.sites import read_sites
 from hf_rope_ext.planning.request_length import (
@@ -84,7 +85,8 @@ def visual_length(
             f"the config does not tell how {type(part).__name__} lays out its visual tokens; pass "
             f"its processor's output to request_length."
         )
-    if videos and "video_grid_thw" not in inspect.signature(part.get_rope_index).parameters:
+    rule = inspect.signature(getattr(part, host.POSITION_RULE))
+    if videos and "video_grid_thw" not in rule.parameters:
         raise RopeError(f"{type(part).__name__} takes no videos; leave them out.")
     require_integer("text", text, 0, unit="tokens")
     if not (text or images or videos):

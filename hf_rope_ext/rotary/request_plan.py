@@ -19,6 +19,7 @@ from torch import Tensor
 from hf_rope_ext.checks import require_choice, require_number
 from hf_rope_ext.errors import MethodParameterError
 from hf_rope_ext.geometry import Scale
+from hf_rope_ext.models.host import output_cache
 
 ON_GROWTH = ("rerotate", "error", "freeze")
 GROWTH = 1.1
@@ -218,9 +219,8 @@ class RequestPlan:
         return ratios
 
 
-def plan_of(held: Any) -> CachePlan | None:
-    """Return the plan on a cache, or on the cache of a model output; None if there is none."""
-    cache = getattr(held, "past_key_values", held)
+def plan_of(cache: Any) -> CachePlan | None:
+    """Return the plan on a cache; None if there is none."""
     return getattr(cache, "hf_rope_ext_plan", None)
 
 
@@ -234,7 +234,7 @@ def request_plan(held: Any) -> RequestPlan | None:
     Returns:
         None where no plan was made.
     """
-    plan = plan_of(held)
+    plan = plan_of(held) or plan_of(output_cache(held))
     return None if plan is None or plan.lengths is None else plan.report()
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 import zoo
 from conftest import TRAINED, logits, relative, tiny_llama
-from decoding import FAMILIES, dynamic, frozen, greedy, text, vision_language_inputs
+from decoding import CACHE, FAMILIES, dynamic, frozen, greedy, text, vision_language_inputs
 from method_knobs import PER_REQUEST, knobs
 from transformers import DynamicCache
 
@@ -158,9 +158,7 @@ def test_a_plan_holds_for_the_life_of_the_cache_and_a_longer_chat_is_prefilled_a
     first = greedy(model, text(1, 70), 20, return_dict_in_generate=True)
     longer = torch.cat([first.sequences, text(1, 10, seed=5)], dim=1)
 
-    second = greedy(
-        model, longer, 20, past_key_values=first.past_key_values, return_dict_in_generate=True
-    )
+    second = greedy(model, longer, 20, **{CACHE: first[CACHE]}, return_dict_in_generate=True)
 
     assert request_plan(second).lengths.tolist() == [120]
     assert torch.equal(second.sequences, greedy(frozen("dynamic_yarn", 120), longer, 20))
@@ -170,10 +168,10 @@ def test_a_chat_that_stays_within_its_plan_keeps_its_cache():
     model, ids = dynamic(), text(1, 70)
     cache = DynamicCache(config=model.config)
     with planned(200), torch.no_grad():
-        model(ids[:, :60], past_key_values=cache)
+        model(ids[:, :60], **{CACHE: cache})
     keys = cache.layers[0].keys
 
-    found = greedy(model, ids, 10, past_key_values=cache)
+    found = greedy(model, ids, 10, **{CACHE: cache})
 
     assert torch.equal(cache.layers[0].keys[:, :, :60], keys)
     assert torch.equal(found, greedy(frozen("dynamic_yarn", 200), ids, 10))
@@ -183,13 +181,13 @@ def test_only_the_new_tokens_of_a_longer_chat_grow_its_cache():
     model, ids = dynamic(), text(1, 130)
     cache = DynamicCache(config=model.config)
     with torch.no_grad():
-        model(ids[:, :70], past_key_values=cache)
+        model(ids[:, :70], **{CACHE: cache})
 
     found = greedy(
         model,
         ids[:, 70:],
         20,
-        past_key_values=cache,
+        **{CACHE: cache},
         attention_mask=torch.ones_like(ids),
         return_dict_in_generate=True,
     )
@@ -202,10 +200,10 @@ def test_a_prefix_within_the_trained_length_is_kept():
     model, ids = dynamic(), text(1, 40)
     cache = DynamicCache(config=model.config)
     with torch.no_grad():
-        model(ids[:, :20], past_key_values=cache)
+        model(ids[:, :20], **{CACHE: cache})
     keys = cache.layers[0].keys
 
-    found = greedy(model, ids, 20, past_key_values=cache)
+    found = greedy(model, ids, 20, **{CACHE: cache})
 
     assert torch.equal(cache.layers[0].keys[:, :, :20], keys)
     assert torch.equal(found, greedy(tiny_llama(), ids, 20))

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from conftest import TRAINED, logits, relative, tiny_llama
-from decoding import dynamic, frozen, step_by_step, text
+from decoding import CACHE, dynamic, frozen, step_by_step, text
 from method_knobs import PER_REQUEST
 from transformers import StaticCache
 
@@ -43,10 +43,10 @@ def test_within_the_trained_length_a_loop_is_bit_identical_to_the_unpatched_one(
 def test_outgrowing_a_plan_can_be_an_error_and_changes_nothing():
     model, ids = dynamic(on_growth="error"), text(1, 100)
     with torch.no_grad():
-        cache = model(ids, use_cache=True).past_key_values
+        cache = model(ids, use_cache=True)[CACHE]
         before = cache.layers[0].keys.clone()
         with pytest.raises(RopeError, match="planned for 100 tokens"):
-            model(ids[:, :1], past_key_values=cache)
+            model(ids[:, :1], **{CACHE: cache})
 
     assert torch.equal(cache.layers[0].keys, before)
     assert logits(model, ids).isfinite().all()
@@ -91,37 +91,37 @@ def test_growth_goes_in_geometric_steps():
 def test_another_methods_cache_is_refused():
     ids = text(1, 80)
     with torch.no_grad():
-        stranger = tiny_llama()(ids, use_cache=True).past_key_values
-        other = dynamic("dynamic_ntk")(ids, use_cache=True).past_key_values
+        stranger = tiny_llama()(ids, use_cache=True)[CACHE]
+        other = dynamic("dynamic_ntk")(ids, use_cache=True)[CACHE]
         with pytest.raises(RopeError, match="holds 80 tokens that were not computed under"):
-            dynamic()(ids[:, :1], past_key_values=stranger)
+            dynamic()(ids[:, :1], **{CACHE: stranger})
         with pytest.raises(RopeError, match="filled under DynamicNTK"):
-            dynamic()(ids[:, :1], past_key_values=other)
+            dynamic()(ids[:, :1], **{CACHE: other})
 
 
 def test_another_batch_is_refused():
     model = dynamic()
     positions = torch.arange(80).expand(3, -1)
     with torch.no_grad():
-        cache = model(text(3, 80), position_ids=positions, use_cache=True).past_key_values
+        cache = model(text(3, 80), position_ids=positions, use_cache=True)[CACHE]
         cache.batch_select_indices(torch.tensor([0, 1]))
         with pytest.raises(RopeError, match="planned for 3 rows, but 2 came"):
-            model(text(2, 1), position_ids=torch.full((2, 1), 80), past_key_values=cache)
+            model(text(2, 1), position_ids=torch.full((2, 1), 80), **{CACHE: cache})
 
 
 def test_a_reset_or_cropped_cache_is_planned_and_recorded_anew():
     model, ids = dynamic(), text(1, 100)
     with torch.no_grad():
-        cache = model(text(1, 150), use_cache=True).past_key_values
+        cache = model(text(1, 150), use_cache=True)[CACHE]
         cache.reset()
-        model(ids, past_key_values=cache)
+        model(ids, **{CACHE: cache})
         assert request_plan(cache).lengths.tolist() == [100]
         cache.crop(-30)
-        model(ids[:, 70:], past_key_values=cache)
+        model(ids[:, 70:], **{CACHE: cache})
     expected = logits(model, ids)
 
     with torch.no_grad():
-        again = model(ids[:, -1:], past_key_values=_cropped(cache)).logits
+        again = model(ids[:, -1:], **{CACHE: _cropped(cache)}).logits
     assert relative(again[:, -1], expected[:, -1]) < 1e-5
 
 
@@ -181,11 +181,9 @@ def test_the_decode_step_compiles_whole_and_does_not_compile_again_as_it_grows()
     expected, _ = step_by_step(model, ids, 40, StaticCache(config=model.config, max_cache_len=130))
     step = torch.compile(model, fullgraph=True, backend=backend)
     with torch.no_grad():
-        model(ids[:, :40], past_key_values=cache)
+        model(ids[:, :40], **{CACHE: cache})
         found = [
-            step(
-                ids[:, at : at + 1], past_key_values=cache, position_ids=torch.tensor([[at]])
-            ).logits
+            step(ids[:, at : at + 1], **{CACHE: cache}, position_ids=torch.tensor([[at]])).logits
             for at in range(40, 120)
         ]
 
@@ -206,8 +204,8 @@ def test_a_growing_cache_in_a_planned_loop_compiles_whole():
     step = torch.compile(model, fullgraph=True, backend=backend, dynamic=True)
     with torch.no_grad(), planned(120):
         expected, _ = step_by_step(model, ids, 40)
-        cache = model(ids[:, :40], use_cache=True).past_key_values
-        found = [step(ids[:, at : at + 1], past_key_values=cache).logits for at in range(40, 120)]
+        cache = model(ids[:, :40], use_cache=True)[CACHE]
+        found = [step(ids[:, at : at + 1], **{CACHE: cache}).logits for at in range(40, 120)]
 
     assert len(graphs) <= 3
     assert relative(torch.cat(found, dim=1), expected[:, 40:]) < 1e-5

@@ -6,7 +6,7 @@ import pytest
 import torch
 import zoo
 from conftest import relative
-from decoding import FAMILIES, dynamic, step_by_step, text, vision_language_inputs
+from decoding import CACHE, FAMILIES, dynamic, step_by_step, text, vision_language_inputs
 from method_knobs import PER_REQUEST, knobs
 
 from hf_rope_ext import patch_model, planned, request_plan
@@ -45,10 +45,10 @@ def test_rerotation_turns_each_row_and_its_padding_by_their_own_positions():
         with torch.no_grad(), planned(length) if length else nullcontext():
             out = model(batch, attention_mask=mask, position_ids=positions, use_cache=True)
             more = torch.cat([mask, torch.ones(2, 1, dtype=torch.int64)], dim=1)
-            cache = out.past_key_values
+            cache = out[CACHE]
             last = torch.tensor([[100], [30]])
-            grown = model(text(2, 1), attention_mask=more, position_ids=last, past_key_values=cache)
-            caches.append(grown.past_key_values)
+            grown = model(text(2, 1), attention_mask=more, position_ids=last, **{CACHE: cache})
+            caches.append(grown[CACHE])
     found, wanted = caches
 
     assert request_plan(found).lengths.tolist() == [104, 34]
@@ -56,7 +56,7 @@ def test_rerotation_turns_each_row_and_its_padding_by_their_own_positions():
     again = dynamic()
     with planned(104), torch.no_grad():
         out = again(batch, attention_mask=mask, position_ids=positions, use_cache=True)
-    assert relative(found.layers[0].keys[:, :, :100], out.past_key_values.layers[0].keys) < 1e-5
+    assert relative(found.layers[0].keys[:, :, :100], out[CACHE].layers[0].keys) < 1e-5
 
 
 def test_rerotation_turns_an_image_by_its_own_axes():
@@ -66,8 +66,8 @@ def test_rerotation_turns_an_image_by_its_own_axes():
         inputs = vision_language_inputs(model, words=60)
         patch_model(model, "dynamic_yarn", factor=4)
         with torch.no_grad(), planned(capacity) if capacity else nullcontext():
-            cache = model(**inputs, use_cache=True).past_key_values
-            model(text(1, 1), past_key_values=cache)
+            cache = model(**inputs, use_cache=True)[CACHE]
+            model(text(1, 1), **{CACHE: cache})
         kept.append(cache)
     (found,), (wanted,) = grown, expected
 
@@ -80,9 +80,9 @@ def test_a_cache_that_was_cut_back_grows_by_the_positions_it_still_holds():
     for capacity in (None, 114):
         model = dynamic()
         with torch.no_grad(), planned(capacity) if capacity else nullcontext():
-            cache = model(ids[:, :100], use_cache=True).past_key_values
+            cache = model(ids[:, :100], use_cache=True)[CACHE]
             cache.crop(-30)
-            model(ids[:, 70:], past_key_values=cache)
+            model(ids[:, 70:], **{CACHE: cache})
         caches.append(cache)
     found, wanted = caches
 

@@ -17,6 +17,7 @@ import torch
 import zoo
 import zoo_images
 from conftest import relative
+from decoding import CACHE
 from method_knobs import PER_REQUEST, knobs
 from stock import NATIVE, arguments, build_by_hand, build_stock, frequencies, pairs
 from torch import Tensor, nn
@@ -189,7 +190,7 @@ def by_hand(model: nn.Module, inputs: dict[str, Any], new: Tensor = NEW) -> Tens
         out = model(**inputs, use_cache=True)
         found = [out.logits[:, -1:]]
         for token in new.split(1, dim=1):
-            out = model(input_ids=token, past_key_values=out.past_key_values, use_cache=True)
+            out = model(input_ids=token, **{CACHE: out[CACHE]}, use_cache=True)
             found.append(out.logits)
     return torch.cat(found, dim=1)
 
@@ -351,16 +352,16 @@ def test_keys_of_images_are_turned_axis_by_axis(model_type):
     patch_model(model, "dynamic_yarn", factor=4)
 
     with torch.no_grad():
-        cache = model(**inputs, use_cache=True).past_key_values
+        cache = model(**inputs, use_cache=True)[CACHE]
         before = request_plan(cache).lengths.item()
         for token in NEW.repeat(1, 3).split(1, dim=1):
-            model(input_ids=token, past_key_values=cache, use_cache=True)
+            model(input_ids=token, **{CACHE: cache}, use_cache=True)
         length = int(request_plan(cache).lengths)
         assert length > max(before, TRAINED)
         unpatch_model(model)
         geometry = read_sites(model)[0].geometry
         patch_model(model, make_method("dynamic_yarn", factor=4).freeze(geometry, length))
-        expected = first_keys(model(**inputs, use_cache=True).past_key_values)
+        expected = first_keys(model(**inputs, use_cache=True)[CACHE])
 
     assert relative(first_keys(cache)[:, :, :tokens], expected) < 1e-5
 
@@ -392,15 +393,15 @@ def test_a_later_call_may_have_more_positions_than_tokens():
     patch_model(model, "dynamic_yarn", factor=4)
 
     with torch.no_grad():
-        cache = model(input_ids=ids[:, :20], use_cache=True).past_key_values
-        model(input_ids=ids[:, 20:], position_ids=far_ahead(), past_key_values=cache)
+        cache = model(input_ids=ids[:, :20], use_cache=True)[CACHE]
+        model(input_ids=ids[:, 20:], position_ids=far_ahead(), **{CACHE: cache})
         length = int(request_plan(cache).lengths)
         unpatch_model(model)
         geometry = read_sites(model)[0].geometry
         patch_model(model, make_method("dynamic_yarn", factor=4).freeze(geometry, length))
         text = torch.arange(20).expand(3, 1, -1)
         positions = torch.cat((text, far_ahead()), dim=-1)
-        expected = model(input_ids=ids, position_ids=positions, use_cache=True).past_key_values
+        expected = model(input_ids=ids, position_ids=positions, use_cache=True)[CACHE]
 
     assert length >= 20 + 15 * 9 + 1
     assert relative(first_keys(cache), first_keys(expected)) < 1e-5
@@ -420,9 +421,9 @@ def test_more_positions_than_planned_are_refused_where_keys_stay(settings, room,
     cache = StaticCache(config=model.config, max_cache_len=room) if room else DynamicCache()
 
     with torch.no_grad():
-        model(input_ids=ids[:, :20], past_key_values=cache, use_cache=True)
+        model(input_ids=ids[:, :20], **{CACHE: cache}, use_cache=True)
         with pytest.raises(RopeError, match=message):
-            model(input_ids=ids[:, 20:], position_ids=far_ahead(), past_key_values=cache)
+            model(input_ids=ids[:, 20:], position_ids=far_ahead(), **{CACHE: cache})
 
 
 def test_a_cache_of_fixed_size_is_planned_for_positions_beyond_its_size():
@@ -434,7 +435,7 @@ def test_a_cache_of_fixed_size_is_planned_for_positions_beyond_its_size():
     cache = StaticCache(config=model.config.get_text_config(), max_cache_len=tokens + 6)
 
     with torch.no_grad():
-        model(**inputs, past_key_values=cache)
+        model(**inputs, **{CACHE: cache})
 
     assert positions > tokens + 6
     assert request_plan(cache).lengths.tolist() == [positions + 6]
@@ -476,7 +477,7 @@ def test_a_patched_model_does_not(model_type):
     with planned(TEXT.shape[1] + 6):
         first = write(model, text, 3)
     write(model, inputs, 1)
-    rest = {"input_ids": first.sequences, "past_key_values": first.past_key_values}
+    rest = {"input_ids": first.sequences, CACHE: first[CACHE]}
     assert torch.equal(write(model, rest, 3).sequences, written)
 
 
@@ -485,9 +486,9 @@ def by_hand_between(model: nn.Module, inputs: dict[str, Any], other: Callable[[]
     length = inputs["input_ids"].shape[1]
     with torch.no_grad():
         with planned(length + 1):
-            cache = model(**inputs, use_cache=True).past_key_values
+            cache = model(**inputs, use_cache=True)[CACHE]
         other()
-        return model(input_ids=NEW[:, :1], past_key_values=cache, use_cache=True).logits
+        return model(input_ids=NEW[:, :1], **{CACHE: cache}, use_cache=True).logits
 
 
 @pytest.mark.parametrize("model_type", ["qwen2_vl", "qwen3_vl", "glm4v", "qwen2_5_omni_thinker"])
@@ -501,7 +502,7 @@ def test_generate_goes_on_from_a_cache_with_images(model_type):
         first = write(model, inputs, 3)
     write(model, {"input_ids": TEXT}, 1)
 
-    rest = {"input_ids": first.sequences, "past_key_values": first.past_key_values}
+    rest = {"input_ids": first.sequences, CACHE: first[CACHE]}
     assert torch.equal(write(model, rest, 3).sequences, expected)
 
 
@@ -511,18 +512,18 @@ def test_a_cache_with_images_is_not_filled_again_without_them():
     tokens = inputs["input_ids"].shape[1]
     patch_model(model, "dynamic_yarn", factor=4)
     first = write(model, inputs, 3)
-    keys = first_keys(first.past_key_values)[:, :, :tokens].clone()
+    keys = first_keys(first[CACHE])[:, :, :tokens].clone()
 
-    rest = {"input_ids": first.sequences, "past_key_values": first.past_key_values}
+    rest = {"input_ids": first.sequences, CACHE: first[CACHE]}
     write(model, rest, 6)
 
-    length = int(request_plan(first.past_key_values).lengths)
-    after = first_keys(first.past_key_values)[:, :, :tokens]
+    length = int(request_plan(first[CACHE]).lengths)
+    after = first_keys(first[CACHE])[:, :, :tokens]
     unpatch_model(model)
     geometry = read_sites(model)[0].geometry
     patch_model(model, make_method("dynamic_yarn", factor=4).freeze(geometry, length))
     with torch.no_grad():
-        fresh = first_keys(model(**inputs, use_cache=True).past_key_values)
+        fresh = first_keys(model(**inputs, use_cache=True)[CACHE])
     assert not torch.equal(after, keys)
     assert relative(after, fresh) < 1e-5
 

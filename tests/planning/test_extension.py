@@ -6,6 +6,7 @@ import pytest
 import torch
 import zoo
 from conftest import tiny_llama
+from decoding import CACHE
 from transformers import LlamaConfig
 
 from hf_rope_ext import RopeError
@@ -62,7 +63,7 @@ def test_windows_latent_attention_and_linear_layers_are_counted_as_they_are(mode
 def check_cache(model_type, length):
     model = zoo.build(model_type)
     with torch.no_grad():
-        cache = model(**zoo.inputs(model, length=length), use_cache=True).past_key_values
+        cache = model(**zoo.inputs(model, length=length), use_cache=True)[CACHE]
     held = sum(
         layer.keys.numel() + layer.values.numel()
         for layer in cache.layers

@@ -13,6 +13,7 @@ import transformers
 import zoo
 import zoo_images
 from conftest import tiny_llama
+from decoding import CACHE
 from PIL import Image
 from transformers import BatchFeature, Qwen2VLImageProcessorPil
 from transformers.models.glm4v.image_processing_pil_glm4v import Glm4vImageProcessorPil
@@ -135,8 +136,8 @@ def test_what_is_written_behind_a_long_video_begins_where_the_page_says(method):
     if method == "generate":
         model.generate(**inputs, max_new_tokens=2, suppress_tokens=zoo_images.SPECIAL)
     else:
-        cache = model(**inputs).past_key_values
-        model(torch.tensor([[20]]), past_key_values=cache)
+        cache = model(**inputs)[CACHE]
+        model(torch.tensor([[20]]), **{CACHE: cache})
 
     assert seen == [19, 20 if method == "generate" else 39]
 

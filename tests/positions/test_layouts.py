@@ -8,6 +8,7 @@ import torch
 import zoo
 import zoo_images
 from conftest import relative
+from decoding import CACHE
 
 from hf_rope_ext import (
     ExportError,
@@ -275,9 +276,9 @@ def test_a_cache_by_heads_cannot_be_turned():
     patch_model(model, "dynamic_yarn", factor=4, mrope_layout=layout)
     ids = torch.randint(10, 128, (1, 100))
     with torch.no_grad():
-        cache = model(ids[:, :64], use_cache=True).past_key_values
+        cache = model(ids[:, :64], use_cache=True)[CACHE]
         with pytest.raises(RopeError, match="heads with different axes"):
-            model(ids[:, 64:], past_key_values=cache)
+            model(ids[:, 64:], **{CACHE: cache})
 
 
 WRONG = {

@@ -8,6 +8,7 @@ import torch
 import zoo
 import zoo_images
 from conftest import relative
+from decoding import CACHE
 from method_knobs import FACTOR_ONLY, PER_REQUEST, knobs
 from transformers import AutoModelForImageTextToText, LlamaConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
@@ -231,10 +232,10 @@ def test_a_loop_that_outgrows_its_plan_turns_the_keys_of_one_axis():
     patch_model(model, "dynamic_linear", factor={"t": 8, "h": 1, "w": 1}, buckets=2)
     ids = torch.randint(10, 128, (1, 100))
     with torch.no_grad():
-        grown = model(ids[:, :60], use_cache=True).past_key_values
+        grown = model(ids[:, :60], use_cache=True)[CACHE]
         for token in range(60, 100):
-            model(ids[:, token : token + 1], past_key_values=grown)
-        at_once = model(ids, use_cache=True).past_key_values
+            model(ids[:, token : token + 1], **{CACHE: grown})
+        at_once = model(ids, use_cache=True)[CACHE]
 
     for part in ("keys", "values"):
         found, expected = (getattr(one.layers[0], part) for one in (grown, at_once))

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from conftest import TRAINED, logits, relative, tiny_llama
-from decoding import dynamic, frozen, greedy, text
+from decoding import CACHE, dynamic, frozen, greedy, text
 from method_knobs import slowdowns
 
 from hf_rope_ext import MethodParameterError, describe, load_pretrained, patch_model, request_plan
@@ -96,7 +96,7 @@ def test_describe_says_what_a_request_is_planned_for():
     model = dynamic()
     found = greedy(model, text(1, 100), 28, return_dict_in_generate=True)
 
-    site = describe(model, found.past_key_values).sites[0]
+    site = describe(model, found[CACHE]).sites[0]
 
     assert site.attention_scaling == pytest.approx(0.1 * torch.tensor(2.0).log().item() + 1)
     assert describe(model).sites[0].attention_scaling > site.attention_scaling

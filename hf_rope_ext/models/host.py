@@ -1,0 +1,191 @@
+"""What the installed transformers calls the things that this package reaches into.
+
+transformers renames and moves them between releases. Each is found here by looking at signatures,
+annotations and objects, never by a version number, and no other module knows their names. What
+looking cannot tell is proven on the model (`hf_rope_ext.patching.cache_proof`).
+"""
+
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from hf_rope_ext.errors import RopeError
+
+Config = Any
+"""A transformers config; the library ships no usable types."""
+
+LAST_TESTED = "5.24.0"
+"""The newest release that the test suite has passed on; later ones are proven on the model."""
+
+CACHES = ("cache", "past_key_values", "cache_params")
+"""What releases and families call the cache, in arguments and in outputs."""
+
+PREPARE_CACHE = "_prepare_cache_for_generation"
+"""The method of ``generate`` that prepares the cache, where the length of the request is known."""
+
+PREPARE_POSITIONS = "_prepare_position_ids_for_generation"
+"""The method of ``generate`` that prepares positions."""
+
+POSITION_RULE = "get_rope_index"
+"""The method of a vision-language model that computes the positions of a request."""
+
+POSITION_NOTES = ("rope_deltas", "_cached_decode_position_ids", "_prefill_len")
+"""Attributes in which vision-language models keep positions from one call to the next, the first
+in every one of them; None before the first request."""
+
+
+def describe_release() -> str:
+    """Return the installed release beside the last one tested, for error messages."""
+    import transformers
+
+    return f"transformers {transformers.__version__} (tested up to {LAST_TESTED})"
+
+
+def cache_argument(forward: Callable[..., Any]) -> str | None:
+    """Return the name of a forward's cache argument; None if it takes none."""
+    parameters = inspect.signature(forward).parameters
+    annotated = (name for name, own in parameters.items() if "Cache" in str(own.annotation))
+    return next((name for name in CACHES if name in parameters), next(annotated, None))
+
+
+def given_cache(arguments: Mapping[str, Any]) -> Any:
+    """Return the cache among the arguments of a call, whatever its name; None if there is none."""
+    from transformers import Cache
+
+    for name in CACHES:
+        if arguments.get(name) is not None:
+            return arguments[name]
+    return next((value for value in arguments.values() if isinstance(value, Cache)), None)
+
+
+def is_paged(cache: Any) -> bool:
+    """Return whether the rows of all requests are one in a cache (continuous batching)."""
+    return not hasattr(cache, "get_seq_length")
+
+
+def with_cache_named(arguments: Mapping[str, Any], name: str | None) -> dict[str, Any]:
+    """Return keyword arguments in which a cache has the name that the installed release gives it.
+
+    Callers may use the name of any release; stock transformers knows its own and some older ones.
+
+    Raises:
+        RopeError: If there are two caches.
+    """
+    from transformers import Cache
+
+    renamed = dict(arguments)
+    for other in CACHES:
+        if name is None or other == name or not isinstance(renamed.get(other), Cache):
+            continue
+        cache = renamed.pop(other)
+        if renamed.setdefault(name, cache) is None:
+            renamed[name] = cache
+        elif renamed[name] is not cache:
+            raise RopeError(f"{other} and {name} are names of one argument; pass one cache.")
+    return renamed
+
+
+def output_cache(output: Any) -> Any:
+    """Return the cache in a model's output, whatever its name; None if there is none."""
+    from transformers import Cache
+
+    if not isinstance(output, Mapping | tuple):
+        output = getattr(output, "__dict__", {})
+    parts = output.values() if isinstance(output, Mapping) else output
+    return next((part for part in parts if isinstance(part, Cache)), None)
+
+
+def new_cache(config: Config) -> Any:
+    """Return an empty growing cache for a model of this config."""
+    from transformers import DynamicCache
+
+    return DynamicCache(config=config)
+
+
+def self_attention_cache(cache: Any) -> Any:
+    """Return the self-attention part of a cache."""
+    return getattr(cache, "self_attention_cache", cache)
+
+
+def fixed_size(cache: Any) -> int | None:
+    """Return the capacity of a cache of fixed size in tokens, None for a growing one."""
+    from transformers.cache_utils import StaticLayer
+
+    sizes = [layer.max_cache_len for layer in cache.layers if isinstance(layer, StaticLayer)]
+    return max(sizes, default=None)
+
+
+def is_quantized(layer: Any) -> bool:
+    """Return whether a layer of a cache keeps quantized keys."""
+    return hasattr(layer, "_quantized_keys") or hasattr(layer, "_dequantize")
+
+
+@dataclass(frozen=True)
+class GenerateRequest:
+    """What ``generate`` knows where it prepares the cache.
+
+    Args:
+        config: Its generation config.
+        arguments: What it will pass to the model.
+        length: Final number of tokens of the longest row.
+    """
+
+    config: Any
+    arguments: Mapping[str, Any]
+    length: int
+
+    @classmethod
+    def is_known(cls, model_class: type) -> bool:
+        """Return whether a model class prepares its cache in a known way."""
+        prepare = getattr(model_class, PREPARE_CACHE, lambda: None)
+        known = set(inspect.signature(prepare).parameters)
+        return {"generation_config", "model_kwargs", "max_cache_length"} <= known
+
+    @classmethod
+    def from_call(
+        cls, signature: inspect.Signature, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+    ) -> "GenerateRequest":
+        """Return what one call of `PREPARE_CACHE` was given."""
+        values = signature.bind(*args, **kwargs).arguments
+        # the last token is never run, so it needs no room in the cache
+        length = values["max_cache_length"] + 1
+        return cls(values["generation_config"], values["model_kwargs"], length)
+
+    def has_whole_text(self, input_ids: Tensor | None) -> bool:
+        """Return whether it was given the text that a cache holds too, or only what follows it.
+
+        This is transformers' own test.
+        """
+        if self.arguments.get("inputs_embeds") is not None:
+            return True
+        mask = self.arguments.get("attention_mask")
+        tokens = getattr(self.config, "_mask_length", -1) if mask is None else mask.shape[1]
+        return input_ids is not None and input_ids.shape[1] == tokens
+
+
+def register_attention(name: str, attention: Callable[..., Any]) -> None:
+    """Make an attention known to transformers under a name, with the masks that SDPA gets."""
+    from transformers import AttentionInterface
+    from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
+
+    AttentionInterface.register(name, attention)
+    # without a twin of the same name transformers hands over no mask, padding or not
+    AttentionMaskInterface.register(name, sdpa_mask)
+
+
+def takes_attention(model: Any) -> bool:
+    """Return whether a model computes its attention by the registered function it is told to."""
+    return bool(model._supports_attention_backend)
+
+
+def attention_name(config: Config) -> str | None:
+    """Return the name of the attention that a config asks for."""
+    return config._attn_implementation  # type: ignore[no-any-return]
+
+
+def set_attention_name(config: Config, name: str | None) -> None:
+    """Set the name of the attention that a config asks for."""
+    config._attn_implementation = name
