@@ -11,6 +11,7 @@ FAMILIES = (
     Family(
         model_types=("blt",),
         text_configs=("encoder_config", "global_config", "decoder_config", "patcher_config"),
+        cacheless="stock transformers cannot make its cache: its config counts no layers",
     ),
     Family(model_types=("dia",), text_configs=("encoder_config", "decoder_config")),
     Family(model_types=("t5gemma",), text_configs=("encoder", "decoder")),

@@ -17,6 +17,7 @@ def codebooks(model: nn.Module) -> dict[str, Any]:
 
 
 FAMILIES = (
+    Family(model_types=("voxtral_realtime",), cacheless="it runs on audio alone"),
     Family(model_types=("moonshine_streaming",), sized_by_length=True),
     Family(model_types=("kyutai_speech_to_text",), probe=codebooks),
     Family(

@@ -50,8 +50,6 @@ def planning_changes(model: nn.Module, swaps: Sequence[SwapRotary]) -> list[Chan
     Raises:
         UnsupportedModelError: If the installed transformers prepares caches differently.
     """
-    from transformers import GenerationMixin
-
     changes: list[Change] = []
     generating: dict[int, nn.Module] = {}
     for around in innermost_models(model, [swap.module.path for swap in swaps]):
@@ -60,7 +58,7 @@ def planning_changes(model: nn.Module, swaps: Sequence[SwapRotary]) -> list[Chan
         rotaries = [swap.module for swap in swaps if swap.parents & parts]
         planner = Planner(inner, rotaries)
         changes.append(AddHooks(inner, planner.begin, planner.end))
-        generating |= {id(part): part for part in around if isinstance(part, GenerationMixin)}
+        generating |= {id(part): part for part in around if host.generates(part)}
     for part in generating.values():
         if not host.GenerateRequest.is_known(type(part)):
             raise UnsupportedModelError(

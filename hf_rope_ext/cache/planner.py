@@ -79,7 +79,8 @@ class Planner:
         cache = host.output_cache(output)
         if cache is not None and plan_of(cache) is None:
             cache.hf_rope_ext_plan = call.plan
-        report = self.policy.on_plan
+        generation = RUNNING.generation
+        report = self.policy.on_plan if generation is None or generation.reports else None
         if report is not None and call.is_new and not torch.compiler.is_compiling():
             report(call.plan.report())
 

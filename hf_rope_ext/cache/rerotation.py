@@ -63,10 +63,7 @@ KeyLayout = Mapping[tuple[int, str], KeyRotation]
 
 def position_axes(rotary: ExtendedRotary) -> int:
     """Return the number of position axes of a rotary embedding."""
-    section = getattr(rotary, "mrope_section", None)
-    if isinstance(section, dict):  # by layer type
-        section = next(iter(section.values()), None)
-    return len(section) if section else 1
+    return len(host.mrope_section(rotary)) or 1
 
 
 def turn_keys(

@@ -48,6 +48,8 @@ class Family:
             not change.
         keeps: Keys of scaled ``rope_parameters`` that the family's forward pass reads.
         length_dependent: Why length-dependent methods are not supported; None if they are.
+        cacheless: Why the model cannot run on two tokens with a cache, to prove that plans pass
+            through it; None if it can.
         probe: From a model of the family to arguments for a run on two positions, where tokens
             alone do not suffice.
         refused: Why the family is not supported; None if it is.
@@ -73,6 +75,7 @@ class Family:
     sized_by_length: bool = False
     keeps: tuple[str, ...] = ()
     length_dependent: str | None = None
+    cacheless: str | None = None
     probe: Callable[[nn.Module], dict[str, Any]] | None = None
     refused: str | None = None
     advice: Callable[[Method, RopeGeometry], str | None] | None = None

@@ -105,6 +105,13 @@ def new_cache(config: Config) -> Any:
     return DynamicCache(config=config)
 
 
+def generates(model: Any) -> bool:
+    """Return whether a model has ``generate``."""
+    from transformers import GenerationMixin
+
+    return isinstance(model, GenerationMixin)
+
+
 def self_attention_cache(cache: Any) -> Any:
     """Return the self-attention part of a cache."""
     return getattr(cache, "self_attention_cache", cache)
@@ -164,6 +171,23 @@ class GenerateRequest:
         mask = self.arguments.get("attention_mask")
         tokens = getattr(self.config, "_mask_length", -1) if mask is None else mask.shape[1]
         return input_ids is not None and input_ids.shape[1] == tokens
+
+
+def mrope_section(rotary: Any, label: str | None = None) -> tuple[int, ...]:
+    """Return a rotary module's number of pairs per position axis; empty for one-dimensional ones.
+
+    Args:
+        rotary: The module. Before transformers 5.18 some leave the section to the attention, and
+            only their config has it.
+        label: The layer type, where sections differ.
+    """
+    section = getattr(rotary, "mrope_section", None)
+    if section is None:
+        config = getattr(rotary, "config", None)
+        section = (getattr(config, "rope_parameters", None) or {}).get("mrope_section")
+    if isinstance(section, dict):
+        section = section[label] if label in section else next(iter(section.values()))
+    return tuple(section or ())
 
 
 def register_attention(name: str, attention: Callable[..., Any]) -> None:

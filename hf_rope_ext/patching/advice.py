@@ -3,9 +3,9 @@
 import math
 
 from hf_rope_ext.methods import Dynamic, Method
+from hf_rope_ext.models.host import mrope_section
 from hf_rope_ext.models.sites import RopeSite, window
 from hf_rope_ext.models.temperature import effective_logit_factor
-from hf_rope_ext.rotary.axes import mrope_section_of
 from hf_rope_ext.rotary.installed import Resolved
 
 
@@ -82,7 +82,7 @@ def _dropped_key_advice(site: RopeSite) -> str | None:
 
 
 def _section_advice(site: RopeSite) -> str | None:
-    section, pairs = mrope_section_of(site.rotary, site.label), site.geometry.pairs
+    section, pairs = mrope_section(site.rotary.original, site.label), site.geometry.pairs
     if not section or sum(section) == pairs:
         return None
     return (

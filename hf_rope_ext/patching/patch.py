@@ -22,6 +22,7 @@ from hf_rope_ext.errors import (
 from hf_rope_ext.methods import Method
 from hf_rope_ext.patching.advice import advice
 from hf_rope_ext.patching.arguments import TARGETS, PatchArguments
+from hf_rope_ext.patching.cache_proof import prove_cached_plans
 from hf_rope_ext.patching.placed_index import placement_changes
 from hf_rope_ext.patching.probe import probe_attention, probe_rotary, probe_towers
 from hf_rope_ext.patching.resolve import resolve
@@ -83,8 +84,8 @@ def patch_model(
             only part of a head rotates or queries and keys are normalised after rotation.
         replace: Whether to replace an existing patch, or a scaling in the model's own config. The
             method then starts from the unscaled geometry; factors never compound.
-        probe: Whether to verify afterwards that the rotary embedding computes the plan and that
-            the attention uses it.
+        probe: Whether to verify afterwards that the rotary embedding computes the plan, that the
+            attention uses it, and that a length-dependent plan stays the same through a cache.
         requests: For length-dependent methods: how a request is planned, and what happens when it
             outgrows its plan; see `RequestPolicy`.
         on_growth: The same as ``requests=RequestPolicy(on_growth=...)``; so are the next three.
@@ -229,6 +230,9 @@ def _probe(model: nn.Module, resolved: Resolved) -> None:
     else:
         probe_rotary(rotaries)
         probe_attention(model, rotaries)
+        policy = resolved.rotations[0].policy
+        if resolved.method.length_dependent and policy.compat is None:
+            prove_cached_plans(model, rotaries)
 
 
 @contextmanager

@@ -2,7 +2,6 @@
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -10,6 +9,7 @@ from torch import Tensor
 from hf_rope_ext.errors import UnsupportedModelError
 from hf_rope_ext.methods import NoScaling
 from hf_rope_ext.models.find import Rotary
+from hf_rope_ext.models.host import mrope_section
 from hf_rope_ext.models.sites import RopeSite
 from hf_rope_ext.positions.placement import AXES
 from hf_rope_ext.rotary.extended import ExtendedRotary
@@ -29,7 +29,7 @@ def read_axes(site: RopeSite) -> RopeSite:
     try:
         turned = read_pairs(site, places)
     except RuntimeError as error:
-        section, pairs = mrope_section_of(site.rotary, site.label), site.geometry.pairs
+        section, pairs = mrope_section(site.rotary.original, site.label), site.geometry.pairs
         raise UnsupportedModelError(
             f"{site.path}: mrope_section {list(section)!r} covers {sum(section)} pairs, but "
             f"{pairs} rotate, so the model cannot run ({error}). Nothing was changed; put the "
@@ -78,15 +78,10 @@ def read_pairs(site: RopeSite, places: Iterable[Tensor]) -> list[list[int]]:
 def axis_names(rotary: Rotary, label: str | None) -> tuple[str, ...]:
     """Return the names of the position axes that a rotary module takes."""
     family = rotary.family
-    if not hasattr(rotary.original, "mrope_section"):
-        return family.axes or ("position",)
-    section = mrope_section_of(rotary, label)
-    return (family.axes or AXES)[-len(section) :] if section else ("position",)
-
-
-def mrope_section_of(rotary: Rotary, label: str | None) -> tuple[int, ...]:
-    """Return the module's number of pairs per axis; empty for one-dimensional positions."""
-    section: Any = getattr(rotary.original, "mrope_section", None)
-    if isinstance(section, dict):
-        section = section[label]
-    return tuple(section or ())
+    section = mrope_section(rotary.original, label)
+    if section:
+        return (family.axes or AXES)[-len(section) :]
+    # a module that could have sections, but has none, takes plain positions
+    if family.axes and not hasattr(rotary.original, "mrope_section"):
+        return family.axes
+    return ("position",)

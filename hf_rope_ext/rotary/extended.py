@@ -15,9 +15,11 @@ import torch
 from torch import Tensor, nn
 
 from hf_rope_ext.geometry import Scale
+from hf_rope_ext.models.host import mrope_section
 from hf_rope_ext.rotary.per_head import PerHead
 from hf_rope_ext.rotary.request_plan import RUNNING, row_lengths
 from hf_rope_ext.rotary.rotation import Rotation
+from hf_rope_ext.rotary.row_frequencies import RowFrequencies
 
 
 class ExtendedRotary(nn.Module):
@@ -56,6 +58,11 @@ class ExtendedRotary(nn.Module):
         self.follow(original)
         # not a submodule: nothing that walks the model should see the original
         self.__dict__["original"] = original
+        self.takes_rows = isinstance(original, Tensor | nn.Embedding) or all(
+            self._takes_rows(label, rotation)
+            for label, rotation in self.rotations.items()
+            if rotation.method.length_dependent or rotation.layout is not None
+        )
 
     def follow(self, original: nn.Module | Tensor) -> None:
         """Adopt the device, the training mode and the learned tensors of the original."""
@@ -107,12 +114,39 @@ class ExtendedRotary(nn.Module):
         return PerHead.of(by_axis, layout.rows)
 
     def run_family_forward(
-        self, label: str | None, frequencies: Tensor, scaling: Scale, *arguments: Any
+        self,
+        label: str | None,
+        frequencies: Tensor,
+        scaling: Scale,
+        *arguments: Any,
     ) -> Any:
         """Run the family's own ``forward`` with these frequencies."""
         original = self.__dict__["original"]
-        stand_in = _StandIn(original, self, label, frequencies, scaling)
+        if frequencies.ndim > 2 and not self.takes_rows:
+            rows = RowFrequencies(frequencies)
+            stand_in = _StandIn(original, self, label, rows, scaling)
+        else:
+            stand_in = _StandIn(original, self, label, frequencies, scaling)
         return type(original).forward(stand_in, *arguments)
+
+    def shape_positions(self, position_ids: Tensor) -> Tensor:
+        """Return text positions ``(batch, seq)`` as the family takes them, with axes for M-RoPE."""
+        axes = len(mrope_section(self.original))
+        return position_ids.expand(axes, -1, -1) if axes else position_ids
+
+    def _takes_rows(self, label: str | None, rotation: Rotation) -> bool:
+        """Return whether the family's code broadcasts frequencies that differ by row, by trying."""
+        self.takes_rows = True
+        device = _device(self.original)
+        places = self.shape_positions(torch.zeros(2, 1, device=device))
+        rows = rotation.trained.to(device).expand(2, 1, -1)
+        layer_type = () if label is None else (label,)
+        try:
+            with torch.no_grad():
+                self.run_family_forward(label, rows, 1.0, places[..., None], places, *layer_type)
+        except RuntimeError:  # it expands one vector over the batch
+            return False
+        return True
 
     def plan(self, label: str | None, position_ids: Tensor | None) -> tuple[Tensor, Scale]:
         """Return frequencies and scaling for these positions.
@@ -233,7 +267,7 @@ class _StandIn:
         original: nn.Module,
         extended: ExtendedRotary,
         label: str | None,
-        frequencies: Tensor,
+        frequencies: Tensor | RowFrequencies,
         scaling: Scale,
     ) -> None:
         self.__dict__["original"] = original

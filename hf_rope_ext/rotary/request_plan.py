@@ -181,11 +181,13 @@ class Generation:
         max_length: Final number of tokens of the longest row; None until it is known.
         input_ids: Its prompt, ``(batch, seq)``, if it has one.
         outer: The one it is nested in, such as that of the model an assistant drafts for.
+        reports: Whether its plans are reported to ``on_plan``.
     """
 
     max_length: int | None = None
     input_ids: Tensor | None = None
     outer: "Generation | None" = None
+    reports: bool = True
 
 
 class _Running(threading.local):
