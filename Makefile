@@ -8,7 +8,7 @@ export TOKENIZERS_PARALLELISM ?= false
 # the models of the tests and the demo are tiny, so one thread is faster than several
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo check test test-quick test-slow test-gpu wheel clean
+.PHONY: demo check test test-quick test-slow test-gpu test-releases wheel clean
 
 $(VENV)/.demo: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -44,8 +44,13 @@ test-slow: $(VENV)/.dev
 test-gpu: $(VENV)/.dev
 	$(BIN)/pytest -m gpu
 
+# The core of the tests on other releases of transformers, each in an environment of its own.
+RELEASES ?= 5.16.1 5.18.0 5.20.0 newest
+test-releases: $(VENV)/.dev
+	$(BIN)/python benchmarks/releases.py $(RELEASES)
+
 wheel: $(VENV)/.dev
 	$(BIN)/pip wheel --quiet --no-deps --wheel-dir dist .
 
 clean:
-	rm -rf $(VENV) build dist demo_report *.egg-info
+	rm -rf $(VENV) .releases build dist demo_report *.egg-info

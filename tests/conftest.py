@@ -1,5 +1,6 @@
 import random
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,9 +15,43 @@ QUICK_FAMILIES = {"llama", "gemma3_text", "qwen2_5_vl"}
 QUICK_METHODS = {"yarn", "dynamic_yarn"}
 
 
+# the suite that runs on every supported release of transformers: `make test-releases`
+CORE_FILES = (
+    "cache/test_generation.py",
+    "cache/test_planner.py",
+    "cache/test_rerotation.py",
+    "models/test_mrope_families.py",
+    "patching/test_cache_proof.py",
+    "patching/test_changes.py",
+    "patching/test_patch.py",
+    "patching/test_probe.py",
+    "rotary/test_request_plan.py",
+    "saving/test_adapters.py",
+    "test_readme.py",
+)
+CORE_TYPES = (
+    "cohere", "deepseek_v3", "falcon_h1", "gemma3_text", "glm4", "gpt_neox", "gpt_oss", "gptj",
+    "granite", "llama", "llama4_text", "mistral", "mllama", "olmo2", "phi3", "qwen2", "qwen2_vl",
+    "qwen3", "qwen3_vl", "stablelm",
+)  # fmt: skip
+CORE_TESTS = {
+    "evals/test_lm_eval.py": ("test_a_greedy_continuation_is_told",),
+    "finetune/test_finetune_run.py": ("test_a_run_leaves_an_adapter_a_log_a_curve_and_numbers",),
+    "models/test_families.py": (
+        "test_patched_equals_stock_as_published_and_unpatched_equals_before",
+        "test_nothing_is_left_of_a_patch",
+    ),
+    "saving/test_loading.py": (
+        "test_every_family_is_saved_so_that_stock_loads_it_or_says_that_it_cannot",
+    ),
+}
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark tests of every other family and method as sweeps."""
+    """Mark tests of every other family and method as sweeps, and the core suite."""
     for item in items:
+        if _is_core(item):
+            item.add_marker(pytest.mark.core)
         parameters = getattr(item, "callspec", None)
         values = parameters.params if parameters else {}
         family = values.get("family", values.get("model_type"))
@@ -86,3 +121,13 @@ def caught(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
     logger.addHandler(handler)
     yield lines
     logger.removeHandler(handler)
+
+
+def _is_core(item: pytest.Item) -> bool:
+    file = item.path.relative_to(Path(__file__).parent).as_posix()
+    name, _, parameters = item.name.partition("[")
+    if file in CORE_FILES:
+        return True
+    return name in CORE_TESTS.get(file, ()) and (
+        not parameters or not set(CORE_TYPES).isdisjoint(parameters.rstrip("]").split("-"))
+    )

@@ -249,6 +249,10 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     },
     "hunyuan_v1_dense": {"head_dim": 16},
     "hunyuan_v1_moe": {"head_dim": 16, "num_experts": 4},
+    "apertus1p5": {"image_token_offset": 128, "audio_token_offset": 256},
+    "apertus1p5_text": {"vocab_size": 512},
+    "apertus1p5_vision_tokenizer": {"base_channels": 32},
+    "hy_v4_vl_text": {"rope_parameters": {"mrope_section": [3, 3, 2]}},
     "hunyuan_vl_text": {"head_dim": 16, "rope_parameters": {"mrope_section": [2, 2, 2, 2]}},
     "kyutai_speech_to_text": {
         "num_codebooks": 4,
@@ -398,6 +402,7 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "qwen3_omni_moe_thinker": _SEES_IMAGES,
     "qwen3_omni_moe_talker_text": {"shared_expert_intermediate_size": 32, **_INTERLEAVED},
     "unlimited_ocr_sam_vision_model": _SAM,
+    "wavtokenizer_encoder": {"codebook_dim": 64},
     "vibevoice_acoustic_tokenizer": _SHALLOW_CODEC,
     "vibevoice_acoustic_tokenizer_encoder": _SHALLOW_CODEC,
 }
@@ -429,6 +434,7 @@ CLASSES = {
     "granite_docling_text": "GraniteDoclingTextModel",
     "higgs_audio_v2": "HiggsAudioV2ForConditionalGeneration",
     "hunyuan_vl_text": "HunYuanVLTextModel",
+    "hy_v4_vl_text": "HYV4VLTextModel",
     "jev": "JevForDecision",
     "mistral_large4_text": "MistralLarge4TextModel",
     "mllama_text_model": "MllamaForCausalLM",
@@ -511,7 +517,7 @@ EXTRA_INPUTS: dict[str, Callable[[int, int, _Draw, _Draw], dict[str, Any]]] = {
 UNBUILDABLE = {
     "gemma3n": "its vision tower needs timm (the text tower is gemma3n_text)",
     "gemma4_assistant": (
-        "transformers 5.23 raises in `kv_sharing_modes`: every layer must share its keys, and then "
+        "transformers raises in `kv_sharing_modes`: every layer must share its keys, and then "
         "no layer is left to make them"
     ),
     "gemma4_unified_assistant": "as gemma4_assistant",
@@ -519,7 +525,7 @@ UNBUILDABLE = {
     "pe_video": "its video tower needs timm",
     "qwen2_5_omni": "has no forward (its text tower is qwen2_5_omni_thinker; `build` works)",
     "qwen3_omni_moe": "has no forward (its text tower is qwen3_omni_moe_thinker; `build` works)",
-    "voxtral_realtime_text": "transformers 5.23 does not export its model class",
+    "voxtral_realtime_text": "transformers does not export its model class",
 }
 
 # fmt: off
@@ -543,7 +549,8 @@ _WITHOUT_ROPE = {
         "seamless_m4t_v2", "xglm",
     ),
     "relative positions in the attention scores": (
-        "deberta", "deberta-v2", "funnel", "inkling2", "inkling2_text", "inkling_mm_model",
+        "deberta", "deberta-v2", "funnel", "inkling2", "inkling2_loop", "inkling2_loop_text",
+        "inkling2_text", "inkling_mm_model",
         "inkling_text", "xlnet",
     ),
     "relative bias (T5)": (
@@ -570,7 +577,11 @@ _CLASS_NAMES = ChainMap(
     modeling_auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
     modeling_auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES,
 )
-MODEL_TYPES = tuple(sorted(_CLASS_NAMES.keys() - UNBUILDABLE.keys() - NO_TEXT_ROPE.keys()))
+# older releases lack some of them
+_KNOWN = {name for name, cls in _CLASS_NAMES.items() if cls in dir(transformers)}
+MODEL_TYPES = tuple(
+    sorted((_KNOWN & set(CONFIG_MAPPING)) - UNBUILDABLE.keys() - NO_TEXT_ROPE.keys())
+)
 
 # sin and cos come from a table of `TRAINED` rows: no longer input runs
 FIXED_TABLE = {"codegen", "gptj", "roformer"}
@@ -737,7 +748,10 @@ def _map_rope(
 ) -> dict[str, Any]:
     """Apply `function` to a copy of `rope`, or to every layer type's where it is nested."""
     if any(isinstance(value, Mapping) for value in rope.values()):
-        return {label: value and _map_rope(value, function) for label, value in rope.items()}
+        return {
+            label: _map_rope(value, function) if isinstance(value, Mapping) else value
+            for label, value in rope.items()
+        }
     return function(copy.deepcopy(dict(rope)))
 
 

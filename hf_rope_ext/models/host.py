@@ -183,10 +183,12 @@ def mrope_section(rotary: Any, label: str | None = None) -> tuple[int, ...]:
     """
     section = getattr(rotary, "mrope_section", None)
     if section is None:
-        config = getattr(rotary, "config", None)
-        section = (getattr(config, "rope_parameters", None) or {}).get("mrope_section")
-    if isinstance(section, dict):
-        section = section[label] if label in section else next(iter(section.values()))
+        parameters = getattr(getattr(rotary, "config", None), "rope_parameters", None) or {}
+        by_layer = {key: own for key, own in parameters.items() if isinstance(own, Mapping)}
+        owners = by_layer or {None: parameters}
+        section = {key: own.get("mrope_section") for key, own in owners.items()}
+    if isinstance(section, Mapping):
+        section = section.get(label) or next(filter(None, section.values()), None)
     return tuple(section or ())
 
 

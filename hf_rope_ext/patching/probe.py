@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from hf_rope_ext.errors import ProbeError
+from hf_rope_ext.models import host
 from hf_rope_ext.models.find import innermost_models
 from hf_rope_ext.models.sites import RopeSite
 from hf_rope_ext.models.smallest_call import arguments_for
@@ -149,7 +150,14 @@ def _values(rotary: ExtendedRotary, label: str | None, position_ids: Tensor) -> 
     if isinstance(rotary, ExtendedTable):
         return rotary.rows(position_ids).double().flatten()
     x = torch.zeros(1, 1, 1, device=position_ids.device)
-    output = rotary(x, position_ids) if label is None else rotary(x, position_ids, label)
+    try:
+        output = rotary(x, position_ids) if label is None else rotary(x, position_ids, label)
+    except Exception as error:
+        raise ProbeError(
+            f"{rotary.path}: {type(rotary.original).__name__} of {host.describe_release()} cannot "
+            f"be run on one position to prove that it rotates by the planned angles "
+            f"({type(error).__name__}: {error}). Nothing was changed."
+        ) from error
     parts = output if isinstance(output, tuple) else (output,)
     return torch.cat(
         [(torch.view_as_real(part) if part.is_complex() else part).flatten() for part in parts]

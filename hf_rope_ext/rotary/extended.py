@@ -144,7 +144,7 @@ class ExtendedRotary(nn.Module):
         try:
             with torch.no_grad():
                 self.run_family_forward(label, rows, 1.0, places[..., None], places, *layer_type)
-        except RuntimeError:  # it expands one vector over the batch
+        except Exception:  # it expands one vector over the batch, or the probe says what is wrong
             return False
         return True
 

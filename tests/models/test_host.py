@@ -1,0 +1,89 @@
+"""One room knows what the installed transformers calls things."""
+
+import ast
+import importlib.util
+import re
+from pathlib import Path
+
+import pytest
+
+from hf_rope_ext.models import host
+
+ROOT = Path(__file__).parents[2]
+PRIVATE = re.compile(
+    r"past_key_values|cache_params|_prepare_\w+_for_generation|rope_deltas|get_rope_index"
+    r"|_cached_decode_position_ids|_attn_implementation|_supports_attention_backend"
+    r"|AttentionInterface|AttentionMaskInterface|masking_utils|StaticLayer|DynamicCache"
+    r"|_quantized_keys|_dequantize|_mask_length|max_cache_length"
+)
+
+
+def names_in(source):
+    """Every name, attribute, keyword and string in a source but its docstrings."""
+    tree = ast.parse(source)
+    docstrings = {
+        id(node.value)
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
+    }
+    for node in ast.walk(tree):
+        is_text = isinstance(node, ast.Constant) and isinstance(node.value, str)
+        if is_text and id(node) not in docstrings:
+            yield node.value
+        for field in ("id", "attr", "arg", "name", "module"):
+            if isinstance(getattr(node, field, None), str):
+                yield getattr(node, field)
+
+
+def private_names(path):
+    found = {name for name in names_in(path.read_text()) if PRIVATE.fullmatch(name)}
+    return {name for name in found if not name.startswith("set_")}
+
+
+def test_no_other_module_names_what_transformers_may_rename():
+    files = [*(ROOT / "hf_rope_ext").rglob("*.py"), *(ROOT / "patches").rglob("*.py")]
+    room = Path(host.__file__)
+
+    assert {
+        path: private_names(path) for path in files if path != room and private_names(path)
+    } == {}
+    assert {"past_key_values", "rope_deltas", "get_rope_index"} <= private_names(room)
+
+
+def test_the_last_release_tested_is_the_one_that_is_pinned():
+    assert f"transformers=={host.LAST_TESTED}\n" in (ROOT / "constraints.txt").read_text()
+
+
+def load_releases():
+    path = ROOT / "benchmarks" / "releases.py"
+    spec = importlib.util.spec_from_file_location("releases", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_an_unknown_release_is_refused_before_anything_is_built(monkeypatch, capsys):
+    releases = load_releases()
+    monkeypatch.setattr("sys.argv", ["releases.py", "latest"])
+
+    with pytest.raises(SystemExit):
+        releases.main()
+    assert "three numbers or 'newest', got 'latest'" in capsys.readouterr().err
+
+
+def test_a_failing_release_fails_the_run_after_all_have_run(monkeypatch, capsys):
+    releases, ran = load_releases(), []
+
+    def run(release):
+        ran.append(release)
+        versions = dict.fromkeys(releases.PACKAGES, release)
+        wrong = int(release == "5.16.1")
+        counts = {"tests": 9, "failures": wrong, "errors": 0, "skipped": 2}
+        return {"versions": versions, **counts, "passed": not wrong}
+
+    monkeypatch.setattr(releases, "run", run)
+    monkeypatch.setattr("sys.argv", ["releases.py", "5.16.1", "newest"])
+
+    assert releases.main() == 1
+    assert ran == ["5.16.1", "newest"]
+    assert "6 passed, 2 skipped, 1 failed" in capsys.readouterr().out
