@@ -58,7 +58,16 @@ def run(release: str) -> dict[str, Any]:
         [*install, constraints(folder, release), "--editable", f"{ROOT}[dev]"], check=True
     )
     report = folder / "tests.xml"
-    tests = [python, "-m", "pytest", "-m", "core", "--quiet", "--numprocesses", "auto"]
+    tests = [
+        python,
+        "-m",
+        "pytest",
+        "-m",
+        "core and not slow and not gpu",
+        "--quiet",
+        "--numprocesses",
+        "auto",
+    ]
     tests += ["-p", "no:cacheprovider", f"--junitxml={report}"]
     done = subprocess.run(tests, cwd=ROOT, env={**os.environ, "HF_HUB_OFFLINE": "1"}, check=False)
     code = f"from importlib.metadata import version; print(*map(version, {PACKAGES}))"
