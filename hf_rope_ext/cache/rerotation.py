@@ -261,8 +261,8 @@ class _Reader:
         arguments = arguments_for(self.model, self.device)[0]
         arguments = {name: value for name, value in arguments.items() if name != "use_cache"}
         arguments["input_ids"] = torch.arange(1, SAMPLES + 1, device=self.device)[:, None]
-        name = host.cache_argument(self.model.forward)
-        arguments |= {"position_ids": positions, str(name): cache, "use_cache": True}
+        arguments |= {"position_ids": positions, "use_cache": True}
+        arguments |= host.pass_cache(self.model, cache)
         outer, RUNNING.call = RUNNING.call, Call(plan, is_noted=True)
         try:
             with torch.no_grad(), torch.random.fork_rng(devices=[]):

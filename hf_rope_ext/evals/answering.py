@@ -1,6 +1,6 @@
 """Answer documents by teacher forcing or generation, running shared prefixes only once."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
@@ -15,7 +15,7 @@ from hf_rope_ext.evals.documents import Document, score
 from hf_rope_ext.evals.scoring import keeps_logits, score_last
 from hf_rope_ext.evals.tasks.base import DocumentTask
 from hf_rope_ext.evals.text import encode, encode_pair
-from hf_rope_ext.models.host import cache_argument, new_cache
+from hf_rope_ext.models.host import new_cache, pass_cache
 from hf_rope_ext.rotary.installed import patch_of
 
 PREFILL = 4096
@@ -99,10 +99,11 @@ class SharedPrefix:
         self.crop(kept)
         device = next(self.model.parameters()).device
         rest = torch.tensor([ids[kept:]], device=device)
+        cached = pass_cache(self.model, self.cache)
         while rest.shape[1] - last > PREFILL:
             piece, rest = rest[:, :PREFILL], rest[:, PREFILL:]
-            self.model(input_ids=piece, logits_to_keep=1, **self.cached)
-        output = self.model(input_ids=rest, logits_to_keep=last, **self.cached)
+            self.model(input_ids=piece, logits_to_keep=1, **cached)
+        output = self.model(input_ids=rest, logits_to_keep=last, **cached)
         self.ids = ids
         return output.logits[0]  # type: ignore[no-any-return]
 
@@ -113,11 +114,6 @@ class SharedPrefix:
             self._renew()
         elif (removed := self.cache.get_seq_length() - length) > 0:
             self.cache.crop(-removed)
-
-    @property
-    def cached(self) -> dict[str, Any]:
-        """The cache as the argument that the model takes it by."""
-        return {str(cache_argument(self.model.forward)): self.cache}
 
     def _renew(self) -> bool:
         """Start an empty cache; return whether it can be cropped to any length."""
@@ -218,7 +214,7 @@ def _answer_with_prefix(shared: SharedPrefix, tokenizer: Any, row: Row) -> Resul
     shared.fill(row.ids, 1)
     # generate runs the last token again
     shared.crop(len(row.ids) - 1)
-    texts = _generate(shared.model, tokenizer, [row], shared.cached)[0]
+    texts = _generate(shared.model, tokenizer, [row], shared.cache)[0]
     shared.crop(len(row.ids) - 1)
     return _judge(row, texts)
 
@@ -255,7 +251,7 @@ def _judge(row: Row, texts: list[str]) -> Result:
 
 
 def _generate(
-    model: nn.Module, tokenizer: Any, rows: list[Row], cached: Mapping[str, Any] | None = None
+    model: nn.Module, tokenizer: Any, rows: list[Row], cache: Any = None
 ) -> list[list[str]]:
     """Return the generated texts of each row: several if sampling."""
     from transformers import GenerationConfig
@@ -272,8 +268,7 @@ def _generate(
     left = [[pad] * (width - len(row.ids)) + row.ids for row in rows]
     ids = torch.tensor(left, device=device)
     mask = torch.tensor([[0] * (width - len(row.ids)) + [1] * len(row.ids) for row in rows])
-    cached = cached or {}
-    (cache,) = cached.values() or (None,)
+    cached = {} if cache is None else pass_cache(model, cache)
     if cache is not None and count > 1:
         cache.batch_repeat_interleave(count)
     config = getattr(model, "generation_config", None)

@@ -51,6 +51,23 @@ def cache_argument(forward: Callable[..., Any]) -> str | None:
     return next((name for name in CACHES if name in parameters), next(annotated, None))
 
 
+def pass_cache(model: Any, cache: Any) -> dict[str, Any]:
+    """Return a cache as the keyword argument that a model, or one inside a wrapper, takes it by.
+
+    Raises:
+        RopeError: If it takes none.
+    """
+    from transformers import PreTrainedModel
+
+    for part in model.modules():
+        if isinstance(part, PreTrainedModel):
+            name = cache_argument(part.forward)
+            if name is not None:
+                return {name: cache}
+            break
+    raise RopeError(f"{type(model).__name__} takes no cache in {describe_release()}.")
+
+
 def given_cache(arguments: Mapping[str, Any]) -> Any:
     """Return the cache among the arguments of a call, whatever its name; None if there is none."""
     from transformers import Cache

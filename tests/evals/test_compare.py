@@ -13,6 +13,7 @@ import pytest
 import torch
 from conftest import tiny_llama
 from evaluating import TEXT, Scripted, make_tokenizer, small, wide_llama
+from peft import LoraConfig, get_peft_model
 from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 
@@ -139,6 +140,19 @@ def test_frequencies_that_follow_the_length_share_nothing(tokenizer):
         assert one == pytest.approx(other, rel=1e-4)
     assert SharedPrefix(wide_llama()).usable
     assert not SharedPrefix(tiny_llama({"rope_type": "dynamic", "factor": 2.0})).usable
+
+
+def test_an_adapted_model_gets_the_prefix_of_its_row_too():
+    model = get_peft_model(tiny_llama(), LoraConfig(target_modules=["q_proj"]))
+    shared = SharedPrefix(model)
+    ids = list(range(10, 60))
+
+    with torch.no_grad():
+        shared.fill(ids, 1)
+        found = shared.fill([*ids, 3, 4], 2)
+        expected = model(input_ids=torch.tensor([[*ids, 3, 4]])).logits[0, -2:]
+
+    torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
 
 
 def test_batches_of_unlike_rows_score_as_single_ones(tokenizer):
