@@ -45,7 +45,6 @@ test-gpu: $(VENV)/.dev
 	$(BIN)/pytest -m gpu
 
 # The core of the tests on other releases of transformers, each in an environment of its own.
-RELEASES ?= 5.16.1 5.18.0 5.20.0 newest
 test-releases: $(VENV)/.dev
 	$(BIN)/python benchmarks/releases.py $(RELEASES)
 

@@ -52,7 +52,7 @@ def run(release: str) -> dict[str, Any]:
     """Return the versions and the counts of tests of one release."""
     folder = ROOT / ".releases" / release
     python = folder / "bin" / "python"
-    subprocess.run([sys.executable, "-m", "venv", folder], check=True)
+    subprocess.run([sys.executable, "-m", "venv", "--clear", folder], check=True)
     install = [python, "-m", "pip", "install", "--quiet", "--constraint"]
     subprocess.run(
         [*install, constraints(folder, release), "--editable", f"{ROOT}[dev]"], check=True

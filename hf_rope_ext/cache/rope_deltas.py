@@ -66,7 +66,9 @@ class PositionNotes:
             note = _PREPARED.note
         else:
             return  # positions passed by the user, or by a running `generate`
-        cache = host.output_cache(output) or host.given_cache(arguments)
+        cache = host.output_cache(output)
+        if cache is None:
+            cache = host.given_cache(arguments)
         if cache is not None:
             cache.hf_rope_ext_note = note
 

@@ -13,9 +13,7 @@ from typing import Any
 from torch import Tensor
 
 from hf_rope_ext.errors import RopeError
-
-Config = Any
-"""A transformers config; the library ships no usable types."""
+from hf_rope_ext.models.family import Config
 
 LAST_TESTED = "5.23.0"
 """The newest release that the test suite has passed on; later ones are proven on the model."""

@@ -18,6 +18,7 @@ from hf_rope_ext.models import host
 from hf_rope_ext.models.family import family_of
 from hf_rope_ext.models.find import innermost_models
 from hf_rope_ext.models.smallest_call import arguments_for
+from hf_rope_ext.patching.probe import quiet
 from hf_rope_ext.rotary.extended import ExtendedRotary
 from hf_rope_ext.rotary.request_plan import RUNNING, Generation, row_lengths
 
@@ -38,9 +39,10 @@ def prove_cached_plans(model: nn.Module, rotaries: Mapping[str, ExtendedRotary])
         if any(family_of(runner.config).cacheless for runner in runners):
             continue
         failures: list[Exception] = []
-        for runner, tokens, arguments in _attempts(runners, next(watched[0].buffers()).device):
+        device = next(watched[0].buffers()).device
+        for runner, tokens, arguments in _attempts(runners, device):
             try:
-                with _quiet(runner):
+                with quiet(device), _as_it_was(runner):
                     _prove(runner, watched, tokens, arguments)
                 break
             except RopeError:
@@ -48,14 +50,13 @@ def prove_cached_plans(model: nn.Module, rotaries: Mapping[str, ExtendedRotary])
             except Exception as error:
                 failures.append(error)
         else:
-            if failures:
-                raise ProbeError(
-                    f"could not run {type(runners[0]).__name__} of {host.describe_release()} on "
-                    f"two tokens with a cache, to prove that a plan reaches the rotary embedding "
-                    f"through it ({type(failures[0]).__name__}: {failures[0]}). Nothing was "
-                    f"changed; use a static method, or pass probe=False to patch without this "
-                    f"proof."
-                ) from failures[0]
+            first = failures[0] if failures else TypeError("it takes no tokens")
+            raise ProbeError(
+                f"could not run {type(runners[0]).__name__} of {host.describe_release()} on two "
+                f"tokens with a cache, to prove that a plan reaches the rotary embedding through "
+                f"it ({type(first).__name__}: {first}). Nothing was changed; use a static method, "
+                f"or pass probe=False to patch without this proof."
+            ) from first
 
 
 def _takes_cache(runners: list[nn.Module]) -> bool:
@@ -157,24 +158,20 @@ def _watched(rotaries: list[ExtendedRotary]) -> Iterator[Seen]:
 
 
 @contextmanager
-def _quiet(runner: nn.Module) -> Iterator[None]:
-    """Run without side effects: not training, no gradients, the same notes and random state."""
-    training = [part for part in runner.modules() if part.training]
+def _as_it_was(model: nn.Module) -> Iterator[None]:
+    """Run outside training, and restore the notes on positions that a model keeps."""
+    training = [part for part in model.modules() if part.training]
     notes = [
         (part, name, getattr(part, name))
-        for part in runner.modules()
+        for part in model.modules()
         for name in host.POSITION_NOTES
         if hasattr(part, name)
     ]
-    devices = {part.device for part in runner.parameters() if part.device.type == "cuda"}
-    generation = RUNNING.generation
     try:
         for part in training:
             part.training = False
-        with torch.no_grad(), torch.random.fork_rng(devices=list(devices)):
-            yield
+        yield
     finally:
-        RUNNING.generation = generation
         for part in training:
             part.training = True
         for part, name, value in notes:

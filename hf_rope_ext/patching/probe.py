@@ -90,7 +90,7 @@ def probe_attention(
         ]
         for runner, arguments in attempts:
             try:
-                with _poisoned(watched), _quiet(device), _Watch(watched):
+                with _poisoned(watched), quiet(device), _Watch(watched):
                     # inside a compiled model nothing could be observed
                     (runner.forward if runner._compiled_call_impl else runner)(**arguments)
             except _ReachedError:
@@ -173,7 +173,7 @@ def _poisoned(rotaries: Iterable[ExtendedRotary]) -> Iterator[None]:
 
 
 @contextmanager
-def _quiet(device: torch.device) -> Iterator[None]:
+def quiet(device: torch.device) -> Iterator[None]:
     """Run without side effects: no gradients, same random state, outside any request."""
     devices = [device] if device.type == "cuda" else []
     generation, RUNNING.generation = RUNNING.generation, None

@@ -114,19 +114,13 @@ class ExtendedRotary(nn.Module):
         return PerHead.of(by_axis, layout.rows)
 
     def run_family_forward(
-        self,
-        label: str | None,
-        frequencies: Tensor,
-        scaling: Scale,
-        *arguments: Any,
+        self, label: str | None, frequencies: Tensor, scaling: Scale, *arguments: Any
     ) -> Any:
         """Run the family's own ``forward`` with these frequencies."""
         original = self.__dict__["original"]
-        if frequencies.ndim > 2 and not self.takes_rows:
-            rows = RowFrequencies(frequencies)
-            stand_in = _StandIn(original, self, label, rows, scaling)
-        else:
-            stand_in = _StandIn(original, self, label, frequencies, scaling)
+        by_row = frequencies.ndim > 2 and not self.takes_rows
+        held = RowFrequencies(frequencies) if by_row else frequencies
+        stand_in = _StandIn(original, self, label, held, scaling)
         return type(original).forward(stand_in, *arguments)
 
     def shape_positions(self, position_ids: Tensor) -> Tensor:
