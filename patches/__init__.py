@@ -5,6 +5,7 @@ from hf_rope_ext.models.family import Family
 from . import (
     deepseek,
     ernie,
+    gemma,
     gpt_j,
     granite,
     llama,
@@ -23,6 +24,7 @@ from . import (
 FAMILIES: tuple[Family, ...] = (
     *deepseek.FAMILIES,
     *ernie.FAMILIES,
+    *gemma.FAMILIES,
     *gpt_j.FAMILIES,
     *granite.FAMILIES,
     *llama.FAMILIES,
