@@ -151,11 +151,23 @@ def write(rotary: Any, label: str | None, planned: Tensor, scaling: float) -> No
         setattr(original, f"{prefix}attention_scaling", scaling)
 
 
+def follows_length(stock: nn.Module) -> bool:
+    """Whether a stock model is told its length; Qwen2-VL's was not before transformers 5.18."""
+    return all(
+        hasattr(type(rotary.original).forward, "__wrapped__")  # by `dynamic_rope_update`
+        for rotary in find_rotaries(stock)
+        if isinstance(rotary.original, nn.Module)
+    )
+
+
 def expected_model(model_type: str, rope_type: str, count: int) -> tuple[nn.Module, str]:
     """What a patched model must equal, and how it was made."""
     stock = build_stock(model_type, rope_type, count)
     # stock phimoe computes its frequencies from the short list whatever the length
-    if stock is not None and (model_type, rope_type) != ("phimoe", "longrope"):
+    wrong = (model_type, rope_type) == ("phimoe", "longrope") or (
+        rope_type in ("dynamic", "longrope") and stock is not None and not follows_length(stock)
+    )
+    if stock is not None and not wrong:
         return stock, "stock"
     return build_by_hand(model_type, rope_type), "by hand"
 
