@@ -2,6 +2,7 @@
 
 import ast
 import importlib.util
+import json
 import re
 from pathlib import Path
 
@@ -76,14 +77,30 @@ def test_a_failing_release_fails_the_run_after_all_have_run(monkeypatch, capsys)
 
     def run(release):
         ran.append(release)
+        failed = ["tests.patching::test_it"] if release == "5.16.1" else []
         versions = dict.fromkeys(releases.PACKAGES, release)
-        wrong = int(release == "5.16.1")
-        counts = {"tests": 9, "failures": wrong, "errors": 0, "skipped": 2}
-        return {"versions": versions, **counts, "passed": not wrong}
+        return {"versions": versions, "passed": 7, "skipped": 2, "failed": failed}
 
     monkeypatch.setattr(releases, "run", run)
     monkeypatch.setattr("sys.argv", ["releases.py", "5.16.1", "newest"])
 
     assert releases.main() == 1
     assert ran == ["5.16.1", "newest"]
-    assert "6 passed, 2 skipped, 1 failed" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert "| 5.16.1 | 7 | 2 | 1 |" in shown
+    assert "5.16.1: tests.patching::test_it" in shown
+
+
+@pytest.mark.parametrize(("status", "failed"), [(0, []), (3, ["pytest ended with exit status 3"])])
+def test_a_run_that_ended_without_a_report_is_no_success(status, failed, tmp_path):
+    found = load_releases().read_report(tmp_path / "none.xml", status)
+
+    assert found == {"passed": 0, "skipped": 0, "failed": failed}
+
+
+def test_the_page_shows_what_was_recorded():
+    recorded = ROOT / "benchmarks" / "results" / "releases.json"
+    page = (ROOT / "docs" / "releases.md").read_text(encoding="utf-8")
+    results = json.loads(recorded.read_text())["results"]
+
+    assert load_releases().render(results) in page
