@@ -4,7 +4,6 @@ from hf_rope_ext.models.family import Family
 
 from . import (
     deepseek,
-    ernie,
     gemma,
     gpt_j,
     granite,
@@ -23,7 +22,6 @@ from . import (
 
 FAMILIES: tuple[Family, ...] = (
     *deepseek.FAMILIES,
-    *ernie.FAMILIES,
     *gemma.FAMILIES,
     *gpt_j.FAMILIES,
     *granite.FAMILIES,

@@ -18,4 +18,13 @@ def hidden_states(model: nn.Module) -> dict[str, Any]:
     }
 
 
-FAMILIES = (Family(model_types=("muse_glimmer_assistant",), probe=hidden_states),)
+FAMILIES = (
+    Family(
+        model_types=("muse_glimmer_assistant",),
+        length_dependent=(
+            "it drafts from hidden states of the target model, in calls that do not show all "
+            "positions of the request"
+        ),
+        probe=hidden_states,
+    ),
+)

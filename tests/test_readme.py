@@ -7,12 +7,13 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 import zoo
 import zoo_images
 from rich.console import Console
 from transformers import AutoModelForCausalLM
 
-from hf_rope_ext import assets, available_methods, describe, request_plan
+from hf_rope_ext import UnsupportedModelError, assets, available_methods, describe, request_plan
 from hf_rope_ext.evals.report import load_report
 from hf_rope_ext.evals.writing import make_table
 
@@ -67,8 +68,12 @@ def test_the_code_for_images_runs_as_it_stands():
         "positions": torch.cartesian_prod(torch.arange(2), torch.arange(2)),
     }
 
-    for block in re.findall(r"```python\n(.*?)```", section, flags=re.DOTALL):
-        exec(block, names)
+    try:
+        for block in re.findall(r"```python\n(.*?)```", section, flags=re.DOTALL):
+            exec(block, names)
+    except UnsupportedModelError as error:
+        assert transformers.__version__ < "5.18"
+        pytest.skip(str(error))
 
     found = describe(vlm)
     assert found.mrope_layout["name"] == "videorope"

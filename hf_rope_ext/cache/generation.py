@@ -1,7 +1,9 @@
 """The final length of a request, as `generate` knows it, or `planned` for a hand-written loop."""
 
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from itertools import chain
 from typing import Any
 
 from torch import nn
@@ -38,6 +40,38 @@ class PrepareCache(StandIn):
         result = self.stock(*args, **kwargs)
         _prepare(host.GenerateRequest.from_call(self.__signature__, args, kwargs))
         return result
+
+
+class KeepCache(StandIn):
+    """Stands in for the preparation of a call, where some models drop their cache.
+
+    They do so because stock LongRoPE switches frequencies at the trained length; those of a patched
+    model stay for the life of a cache.
+    """
+
+    name = host.PREPARE_INPUTS
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Prepare the arguments."""
+        settings = vars(self.model.config)
+        trained = settings[host.TRAINED_LENGTH]
+        settings[host.TRAINED_LENGTH] = sys.maxsize
+        try:
+            return self.stock(*args, **kwargs)
+        finally:
+            settings[host.TRAINED_LENGTH] = trained
+
+
+def cache_changes(model: nn.Module, swaps: Sequence[SwapRotary]) -> list[Change]:
+    """Return the changes that make a model keep its cache beyond the trained length."""
+    around = chain(*innermost_models(model, [swap.module.path for swap in swaps]))
+    return [
+        KeepCache(part).change()
+        for part in {id(part): part for part in around}.values()
+        if KeepCache.name not in vars(part)
+        and host.TRAINED_LENGTH in vars(part.config)
+        and host.switches_frequencies(part)
+    ]
 
 
 def planning_changes(model: nn.Module, swaps: Sequence[SwapRotary]) -> list[Change]:
@@ -127,7 +161,7 @@ def _prepare(request: host.GenerateRequest) -> None:
     elif (
         seen and length > max(plan.capacity, plan.trained) and _can_refill(plan, request.arguments)
     ):
-        cache.reset()  # refilled from the whole text under a longer plan, which is exact
+        host.empty_cache(cache)  # refilled from the whole text under a longer plan, which is exact
         seen = 0
     if not seen:
         cache.hf_rope_ext_plan = None

@@ -9,6 +9,7 @@ from hf_rope_ext.checks import require_choice, require_integer, require_number, 
 from hf_rope_ext.errors import RopeError
 from hf_rope_ext.finetune.lora import ADAPTERS
 from hf_rope_ext.finetune.sequences import PACKINGS
+from hf_rope_ext.models import host
 
 LOSSES = ("chunked", "liger", "plain")
 QUANTIZATIONS = ("none", "4bit", "8bit")
@@ -201,9 +202,10 @@ def parse(words: Sequence[str], config: Path | None = None) -> tuple[Recipe, Any
     known = [field.name for cls in (Recipe, TrainingArguments) for field in fields(cls)]
     parser = HfArgumentParser((Recipe, TrainingArguments), add_help=False, allow_abbrev=False)
     parser.error = _refuse
-    parser.set_defaults(**DEFAULTS)
+    parser.set_defaults(**{host.training_setting(name): value for name, value in DEFAULTS.items()})
     file_words = []
-    for name, value in _read_file(config).items():
+    for given, value in _read_file(config).items():
+        name = host.training_setting(given) if isinstance(given, str) else given
         _require_known(name, known)
         if value is None or isinstance(value, dict):  # flags cannot express these
             parser.set_defaults(**{name: value})
@@ -211,7 +213,8 @@ def parse(words: Sequence[str], config: Path | None = None) -> tuple[Recipe, Any
             file_words += [f"--{name}", *map(str, value)]
         else:
             file_words.append(f"--{name}={value}")
-    for source in (file_words, list(words)):
+    renamed = [_rename(word) if word.startswith("--") else word for word in words]
+    for source in (file_words, renamed):
         values, rest = parser.parse_known_args(source)
         for word in rest:
             if word.startswith("-"):
@@ -243,6 +246,11 @@ def _read_file(config: Path | None) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise RopeError(f"the recipe {str(config)!r} must map field names to values.")
     return values
+
+
+def _rename(flag: str) -> str:
+    name, equals, value = flag.removeprefix("--").partition("=")
+    return f"--{host.training_setting(name)}{equals}{value}"
 
 
 def _require_known(name: object, known: list[str]) -> None:

@@ -40,6 +40,7 @@ from hf_rope_ext.finetune.pose import position_skips
 from hf_rope_ext.finetune.recipe import Recipe
 from hf_rope_ext.finetune.sequences import MixedWindows, Sequences, SkipWise, collate
 from hf_rope_ext.finetune.trainer import LongContextTrainer
+from hf_rope_ext.models import host
 from hf_rope_ext.parsing import parse_lengths
 
 
@@ -85,6 +86,8 @@ def finetune(
     require_whole_sequences(recipe)
     if _offloads(training) and training.device.type == "cpu":
         raise RopeError("offload needs a GPU: on a CPU, activations are already in main memory.")
+    if _offloads(training) and not hasattr(training, "activation_checkpointing_kwargs"):
+        raise RopeError(f"{host.describe_release()} cannot offload activations; leave offload out.")
     tokenizer = load_tokenizer(recipe) if tokenizer is None else tokenizer
     training = copy.copy(training)
     if training.data_seed is None:
@@ -228,7 +231,7 @@ class _Stage:
     def _require_memory(self) -> None:
         """Print the estimated memory, and refuse a run that will not fit."""
         recipe, training = self.recipe, self.training
-        checkpointing = bool(training.activation_checkpointing)
+        checkpointing = bool(getattr(training, host.training_setting("activation_checkpointing")))
         sharded = training.fsdp or os.environ.get("ACCELERATE_USE_FSDP", "false") == "true"
         estimate = estimate_memory(
             self.model,
@@ -254,7 +257,8 @@ class _Stage:
 
 
 def _offloads(training: Any) -> bool:
-    return bool((training.activation_checkpointing_kwargs or {}).get("offload"))
+    settings = getattr(training, host.training_setting("activation_checkpointing_kwargs"))
+    return bool((settings or {}).get("offload"))
 
 
 def _source(recipe: Recipe, data: Any) -> Source:

@@ -35,7 +35,6 @@ class Family:
             None if it follows none of those rules.
         frames_apart: Whether videos are split into single frames with text between them, so that
             time is constant within a block of visual tokens.
-        pair_order: From the config to the order in which the family stores its pairs.
         reads_config: Whether the rotary module recomputes its frequencies in every forward pass.
         norm_after_rope: Whether queries and keys are normalised after rotation, which cancels
             ``attention_scaling``.
@@ -66,7 +65,6 @@ class Family:
     axes: tuple[str, ...] | None = None
     next_text: str | None = "spatial"
     frames_apart: bool = False
-    pair_order: Callable[[Config], list[int]] | None = None
     reads_config: bool = False
     norm_after_rope: bool = False
     softmax_mscale: bool = False

@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from hf_rope_ext.errors import RopeError
@@ -27,8 +28,14 @@ PREPARE_CACHE = "_prepare_cache_for_generation"
 PREPARE_POSITIONS = "_prepare_position_ids_for_generation"
 """The method of ``generate`` that prepares positions."""
 
+PREPARE_INPUTS = "prepare_inputs_for_generation"
+"""The method that prepares the arguments of each call of ``generate``."""
+
 POSITION_RULE = "get_rope_index"
 """The method of a vision-language model that computes the positions of a request."""
+
+TRAINED_LENGTH = "original_max_position_embeddings"
+"""The attribute of a config with the trained length of LongRoPE."""
 
 POSITION_NOTES = ("rope_deltas", "_cached_decode_position_ids", "_prefill_len")
 """Attributes in which vision-language models keep positions from one call to the next, the first
@@ -127,9 +134,27 @@ def generates(model: Any) -> bool:
     return isinstance(model, GenerationMixin)
 
 
+def switches_frequencies(model: Any) -> bool:
+    """Return whether a model drops its cache where a request grows beyond the trained length.
+
+    The Phi-3 family does, since its stock LongRoPE then has other frequencies. Before transformers
+    5.19 it also forgets to run the tokens of the dropped cache again.
+    """
+    code = inspect.unwrap(getattr(type(model), PREPARE_INPUTS, generates)).__code__
+    return TRAINED_LENGTH in (*code.co_consts, *code.co_names)
+
+
 def self_attention_cache(cache: Any) -> Any:
     """Return the self-attention part of a cache."""
     return getattr(cache, "self_attention_cache", cache)
+
+
+def empty_cache(cache: Any) -> None:
+    """Remove every token from a cache."""
+    cache.reset()
+    left = int(cache.get_seq_length())
+    if left:  # before transformers 5.18 a growing cache keeps as many zeros
+        cache.crop(-left)
 
 
 def fixed_size(cache: Any) -> int | None:
@@ -205,6 +230,32 @@ def mrope_section(rotary: Any, label: str | None = None) -> tuple[int, ...]:
     if isinstance(section, Mapping):
         section = section.get(label) or next(filter(None, section.values()), None)
     return tuple(section or ())
+
+
+def pick_axes(rotary: Any, label: str | None, values: Tensor) -> Tensor:
+    """Return cosines or sines as they reach queries and keys.
+
+    Before transformers 5.18 Qwen2-VL and its relatives leave it to the attention to take each
+    section of a half from the row of its axis.
+
+    Args:
+        rotary: The stock rotary module.
+        label: The layer type.
+        values: Its cosines or sines, ``(batch, seq, width)`` or ``(axes, batch, seq, width)``.
+    """
+    section = mrope_section(rotary, label)
+    if values.ndim < 4 or getattr(rotary, "mrope_section", None) is not None:
+        return values
+    parts = torch.split(values, list(section * 2), dim=-1)
+    return torch.cat([part[turn % len(section)] for turn, part in enumerate(parts)], dim=-1)
+
+
+def training_setting(name: str) -> str:
+    """Return what the installed TrainingArguments call a setting that was renamed in 5.22."""
+    from transformers import TrainingArguments
+
+    older = name.replace("activation_checkpointing", "gradient_checkpointing")
+    return name if name in TrainingArguments.__dataclass_fields__ else older
 
 
 def register_attention(name: str, attention: Callable[..., Any]) -> None:

@@ -240,7 +240,7 @@ def unscaled_parameters(site: RopeSite) -> dict[str, Any]:
         kept["rope_theta"] = site.config.rope_parameters["rope_theta"]
     if site.geometry.rotated_pairs is not None:
         return {**kept, "rope_type": "proportional"}
-    if site.family.stock_types is None or "default" in site.family.stock_types:
+    if "default" in (site.stock_types or ("default",)):
         return {**kept, "rope_type": "default"}
     return {**kept, "rope_type": "linear", "factor": 1.0}
 
@@ -256,7 +256,7 @@ def _computes(site: RopeSite, form: Mapping[str, Any]) -> bool:
     rope_type = form["rope_type"]
     if form == {"rope_type": "default"}:
         return True
-    if site.family.stock_types is not None and rope_type not in site.family.stock_types:
+    if site.stock_types is not None and rope_type not in site.stock_types:
         return False
     if "rope_theta" in form and site.family.fixed_theta:
         return False

@@ -38,6 +38,7 @@ class RopeSite:
             family's order.
         rope_scaling: The scaling in force, as ``rope_parameters``; ``rope_type`` is ``"default"``
             if the model is unscaled.
+        pair_order: The order in which the family stores its pairs; None for the natural one.
         rebuilt: Why ``inv_freq`` differs from the live buffer; None if it does not.
     """
 
@@ -46,6 +47,7 @@ class RopeSite:
     geometry: RopeGeometry
     inv_freq: Tensor = field(repr=False)
     rope_scaling: Mapping[str, Any]
+    pair_order: list[int] | None = None
     rebuilt: str | None = None
 
     @property
@@ -64,9 +66,10 @@ class RopeSite:
         return self.rotary.family
 
     @property
-    def pair_order(self) -> list[int] | None:
-        """The order in which the family stores its pairs; None for the natural one."""
-        return self.family.pair_order(self.config) if self.family.pair_order else None
+    def stock_types(self) -> tuple[str, ...] | None:
+        """The ``rope_type`` values for which stock code rotates the trained pairs; None for all."""
+        # for any other, transformers computes frequencies in the natural order
+        return self.family.stock_types or (None if self.pair_order is None else ("default",))
 
 
 def read_sites(
@@ -177,16 +180,9 @@ def _read_site(rotary: Rotary, label: str | None, trained_length: int | None) ->
 
 def _verify(site: RopeSite, live: Tensor, stock: Tensor | None) -> RopeSite:
     """Return the site with valid float32 frequencies; raise if their formula is unknown."""
-    expected = _in_order(site, site.geometry)
-    if stock is not None and not _close(stock, expected):
-        odd = replace(site.geometry, rotary_dim=site.geometry.rotary_dim - 1)
-        if not _close(stock, _in_order(site, odd)):
-            raise UnsupportedModelError(
-                f"{site.path}: the family computes its frequencies in a way this package does not "
-                f"know (model_type={site.config.model_type!r}); nothing was changed."
-            )
-        site = replace(site, geometry=odd)
-        expected = _in_order(site, odd)
+    expected = site.geometry.inv_freq()
+    if stock is not None:
+        site, expected = _recognize(site, stock)
     sound = expected.float() if stock is None else stock.float()
     if live.is_meta or site.rope_scaling["rope_type"] != "default":
         return replace(site, inv_freq=sound)
@@ -195,10 +191,25 @@ def _verify(site: RopeSite, live: Tensor, stock: Tensor | None) -> RopeSite:
     return replace(site, inv_freq=sound, rebuilt=_fault(live))
 
 
-def _in_order(site: RopeSite, geometry: RopeGeometry) -> Tensor:
-    """Return the trained frequencies, float64, in the family's order."""
-    order = site.pair_order
-    return geometry.inv_freq() if order is None else geometry.inv_freq()[order]
+def _recognize(site: RopeSite, stock: Tensor) -> tuple[RopeSite, Tensor]:
+    """Return the site with the geometry and the order of its stock frequencies, and these exactly.
+
+    Raises:
+        UnsupportedModelError: If no geometry gives them in any order.
+    """
+    odd = replace(site.geometry, rotary_dim=site.geometry.rotary_dim - 1)
+    # such as ERNIE 4.5 VL and Pixtral, which store pairs by axis
+    order = stock.argsort(descending=True, stable=True).argsort().tolist()
+    for geometry in (site.geometry, odd):
+        natural = geometry.inv_freq()
+        if _close(stock, natural):
+            return replace(site, geometry=geometry), natural
+        if stock.shape == natural.shape and _close(stock, natural[order]):
+            return replace(site, geometry=geometry, pair_order=order), natural[order]
+    raise UnsupportedModelError(
+        f"{site.path}: the family computes its frequencies in a way this package does not "
+        f"know (model_type={site.config.model_type!r}); nothing was changed."
+    )
 
 
 def _close(actual: Tensor, expected: Tensor) -> bool:

@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import nn
 
-from hf_rope_ext.cache.generation import planning_changes
+from hf_rope_ext.cache.generation import cache_changes, planning_changes
 from hf_rope_ext.cache.rope_deltas import note_changes
 from hf_rope_ext.changes import Change, apply_all, revert_all
 from hf_rope_ext.errors import (
@@ -212,8 +212,10 @@ def _changes(model: nn.Module, resolved: Resolved) -> list[Change]:
         swaps[rotary.path] = SwapRotary(module, find_places(model, rotary.original))
     changes: list[Change] = [*swaps.values(), *resolved.softmax]
     if resolved.target == "text":
-        if resolved.method.length_dependent and resolved.rotations[0].policy.compat is None:
-            changes += planning_changes(model, list(swaps.values()))
+        if resolved.rotations[0].policy.compat is None:
+            changes += cache_changes(model, list(swaps.values()))
+            if resolved.method.length_dependent:
+                changes += planning_changes(model, list(swaps.values()))
         changes += note_changes(model, list(swaps.values()))
     if resolved.visual is not None:
         configs = [site.config for site in resolved.sites]

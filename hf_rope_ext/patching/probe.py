@@ -118,8 +118,7 @@ def _check_angles(path: str, rotary: ExtendedRotary, label: str | None, rotation
     trained = geometry.original_max_position_embeddings
     last = (rotation.method.target_length(geometry) or trained) - 1
     for position in {1, trained - 1, trained, max(last, trained)}:
-        text = torch.tensor([[position]], device=next(rotary.buffers()).device)
-        position_ids = rotary.shape_positions(text)
+        position_ids = torch.tensor([[position]], device=next(rotary.buffers()).device)
         frequencies, scaling = rotary.plan(label, position_ids)
         angles = position * rotation.drop_unused_axes(frequencies).reshape(-1).double()
         expected = (

@@ -9,7 +9,7 @@ from torch import Tensor
 from hf_rope_ext.errors import UnsupportedModelError
 from hf_rope_ext.methods import NoScaling
 from hf_rope_ext.models.find import Rotary
-from hf_rope_ext.models.host import mrope_section
+from hf_rope_ext.models.host import mrope_section, pick_axes
 from hf_rope_ext.models.sites import RopeSite
 from hf_rope_ext.positions.placement import AXES
 from hf_rope_ext.rotary.extended import ExtendedRotary
@@ -70,6 +70,7 @@ def read_pairs(site: RopeSite, places: Iterable[Tensor]) -> list[list[int]]:
     for place in places:
         x = torch.zeros(1, 1, 1)
         cos, _ = rotary.run_family_forward(site.label, cosines.acos(), 1.0, x, place, *layer_type)
+        cos = pick_axes(site.rotary.original, site.label, cos)
         turned = (cosines[:, None] - cos.flatten()[None, :]).abs().amin(dim=1) < 1e-4
         indices.append(turned.nonzero().flatten().tolist())
     return indices

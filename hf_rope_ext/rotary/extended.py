@@ -19,7 +19,6 @@ from hf_rope_ext.models.host import mrope_section
 from hf_rope_ext.rotary.per_head import PerHead
 from hf_rope_ext.rotary.request_plan import RUNNING, row_lengths
 from hf_rope_ext.rotary.rotation import Rotation
-from hf_rope_ext.rotary.row_frequencies import RowFrequencies
 
 
 class ExtendedRotary(nn.Module):
@@ -114,25 +113,68 @@ class ExtendedRotary(nn.Module):
         return PerHead.of(by_axis, layout.rows)
 
     def run_family_forward(
-        self, label: str | None, frequencies: Tensor, scaling: Scale, *arguments: Any
+        self,
+        label: str | None,
+        frequencies: Tensor,
+        scaling: Scale,
+        x: Tensor,
+        position_ids: Tensor | None,
+        *layer_type: str,
     ) -> Any:
         """Run the family's own ``forward`` with these frequencies."""
+        if position_ids is not None:
+            position_ids = self.shape_positions(position_ids)
+            if frequencies.ndim > 2 and not self.takes_rows:
+                return self._run_by_row(label, frequencies, scaling, x, position_ids, *layer_type)
         original = self.__dict__["original"]
-        by_row = frequencies.ndim > 2 and not self.takes_rows
-        held = RowFrequencies(frequencies) if by_row else frequencies
-        stand_in = _StandIn(original, self, label, held, scaling)
-        return type(original).forward(stand_in, *arguments)
+        stand_in = _StandIn(original, self, label, frequencies, scaling)
+        return type(original).forward(stand_in, x, position_ids, *layer_type)
+
+    def _run_by_row(
+        self,
+        label: str | None,
+        frequencies: Tensor,
+        scaling: Scale,
+        x: Tensor,
+        position_ids: Tensor,
+        *layer_type: str,
+    ) -> Any:
+        """Run the family's own ``forward`` on each row, as a batch of one.
+
+        Before transformers 5.19 families expand one vector of frequencies over the batch.
+        """
+        shape = position_ids.shape[-2:]
+        rows = (shape[0], frequencies.shape[1])
+        if rows[1] > 1:  # frequencies differ by token
+            position_ids = position_ids.flatten(-2)[..., None]
+        frequencies = frequencies.expand(*rows, -1).flatten(0, 1)
+        factors = scaling.expand(*rows, 1).flatten(0, 1) if isinstance(scaling, Tensor) else scaling
+
+        def run(row: Tensor, factor: Scale, places: Tensor) -> Any:
+            return self.run_family_forward(label, row, factor, x, places, *layer_type)
+
+        def join(part: Tensor) -> Tensor:
+            return part.movedim(0, -4).reshape(*part.shape[1:-3], *shape, -1)
+
+        by_row = torch.vmap(run, in_dims=(0, 0 if isinstance(factors, Tensor) else None, -3))
+        found = by_row(frequencies, factors, position_ids[..., None, :])
+        return join(found) if isinstance(found, Tensor) else tuple(map(join, found))
 
     def shape_positions(self, position_ids: Tensor) -> Tensor:
-        """Return text positions ``(batch, seq)`` as the family takes them, with axes for M-RoPE."""
+        """Return positions as every release of the family takes them, with all axes for M-RoPE.
+
+        Args:
+            position_ids: ``(batch, seq)`` or ``(1, batch, seq)`` for text, or with all axes.
+        """
         axes = len(mrope_section(self.original))
-        return position_ids.expand(axes, -1, -1) if axes else position_ids
+        is_text = position_ids.ndim == 2 or position_ids.shape[0] == 1
+        return position_ids.expand(axes, -1, -1) if axes and is_text else position_ids
 
     def _takes_rows(self, label: str | None, rotation: Rotation) -> bool:
         """Return whether the family's code broadcasts frequencies that differ by row, by trying."""
         self.takes_rows = True
         device = _device(self.original)
-        places = self.shape_positions(torch.zeros(2, 1, device=device))
+        places = torch.zeros(2, 1, device=device)
         rows = rotation.trained.to(device).expand(2, 1, -1)
         layer_type = () if label is None else (label,)
         try:
@@ -261,7 +303,7 @@ class _StandIn:
         original: nn.Module,
         extended: ExtendedRotary,
         label: str | None,
-        frequencies: Tensor | RowFrequencies,
+        frequencies: Tensor,
         scaling: Scale,
     ) -> None:
         self.__dict__["original"] = original

@@ -20,11 +20,12 @@ class PerHead(Tensor):
         """Return cosines and sines by head.
 
         Args:
-            by_axis: Cosines and sines of each axis, ``(batch, seq, width)``.
+            by_axis: Cosines and sines of each axis, ``(batch, seq, width)``, or with axes in front
+                where the attention takes its own from each.
             rows: Row of ``by_axis`` that each key head uses.
         """
         cos, sin = (
-            torch.stack([by_axis[row][part] for row in rows], dim=1).as_subclass(cls)
+            torch.stack([by_axis[row][part] for row in rows], dim=-3).as_subclass(cls)
             for part in (0, 1)
         )
         return cos, sin

@@ -10,7 +10,7 @@ from decoding import CACHE, FAMILIES, dynamic, frozen, greedy, text, vision_lang
 from method_knobs import PER_REQUEST, knobs
 from transformers import DynamicCache
 
-from hf_rope_ext import RopeError, patch_model, planned, request_plan
+from hf_rope_ext import RopeError, patch_model, planned, request_plan, unpatch_model
 from hf_rope_ext.methods import make_method
 from hf_rope_ext.models.sites import read_sites
 
@@ -249,3 +249,22 @@ def test_two_threads_on_one_model_do_not_mix():
         thread.join()
 
     assert all(torch.equal(alone[length], one) for length in requests for one in found[length])
+
+
+@pytest.mark.parametrize("method", ["yarn", "dynamic_yarn"])
+def test_phi_keeps_its_cache_where_a_request_grows_beyond_the_trained_length(method):
+    """Stock Phi drops it there, for its LongRoPE; before transformers 5.19 without filling it."""
+    model = zoo.build("phi3")
+    seen = []
+    patch_model(model, method, factor=4)
+    hook = model.model.embed_tokens.register_forward_pre_hook(
+        lambda module, args: seen.append(args[0].shape[1])
+    )
+
+    greedy(model, text(1, TRAINED - 4), 8)
+
+    hook.remove()
+    assert seen == [TRAINED - 4, *[1] * 7]
+    assert model.config.original_max_position_embeddings == TRAINED
+    unpatch_model(model)
+    assert "prepare_inputs_for_generation" not in vars(model)

@@ -10,6 +10,7 @@ from method_knobs import PER_REQUEST
 from transformers import StaticCache
 
 from hf_rope_ext import RopeError, planned, request_plan
+from hf_rope_ext.models import host
 
 pytestmark = pytest.mark.filterwarnings("ignore::hf_rope_ext.RopeWarning")
 
@@ -113,7 +114,7 @@ def test_a_reset_or_cropped_cache_is_planned_and_recorded_anew():
     model, ids = dynamic(), text(1, 100)
     with torch.no_grad():
         cache = model(text(1, 150), use_cache=True)[CACHE]
-        cache.reset()
+        host.empty_cache(cache)
         model(ids, **{CACHE: cache})
         assert request_plan(cache).lengths.tolist() == [100]
         cache.crop(-30)

@@ -5,8 +5,11 @@ import importlib.util
 import json
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
+from transformers import DynamicCache
 
 from hf_rope_ext.models import host
 
@@ -53,6 +56,32 @@ def test_no_other_module_names_what_transformers_may_rename():
 
 def test_the_last_release_tested_is_the_one_that_is_pinned():
     assert f"transformers=={host.LAST_TESTED}\n" in (ROOT / "constraints.txt").read_text()
+
+
+def test_a_cache_that_keeps_zeros_when_it_is_reset_is_emptied():
+    """As those of transformers 5.16."""
+
+    class Cache(DynamicCache):
+        def reset(self):
+            for layer in self.layers:
+                layer.keys.zero_()
+
+    cache = Cache()
+    cache.update(torch.ones(1, 2, 5, 4), torch.ones(1, 2, 5, 4), 0)
+
+    host.empty_cache(cache)
+
+    assert cache.get_seq_length() == 0
+
+
+def test_a_renamed_setting_of_training_arguments_has_the_name_of_the_release(monkeypatch):
+    assert host.training_setting("learning_rate") == "learning_rate"
+
+    older = SimpleNamespace(__dataclass_fields__={"gradient_checkpointing_kwargs": None})
+    monkeypatch.setattr("transformers.TrainingArguments", older)
+
+    found = host.training_setting("activation_checkpointing_kwargs")
+    assert found == "gradient_checkpointing_kwargs"
 
 
 def load_releases():

@@ -114,7 +114,7 @@ def test_a_spoilt_buffer_is_rebuilt_from_the_config_and_never_scaled(fault, llam
 def test_a_family_whose_formula_is_not_known_is_refused(llama):
     class Odd(modeling_llama.LlamaRotaryEmbedding):
         @staticmethod
-        def compute_default_rope_parameters(config, **arguments):
+        def compute_default_rope_parameters(config, *device, **arguments):
             return 1.0 / (1.0 + torch.arange(8.0)), 1.0
 
     rotary = Odd(llama.config)
