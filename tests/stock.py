@@ -36,7 +36,9 @@ REFUSED = {"clvp", "clvp_encoder"}
 
 # keys and the queries that meet them are rotated in calls that see different positions, so a plan
 # per request has no one length (described in hf_rope_ext.patches)
-NO_LENGTH = {"deepseek_v4", "diffusion_gemma", "muse_glimmer_assistant", "pi0"}
+NO_LENGTH = {
+    "deepseek_v4", "diffusion_gemma", "gemma4_unified_assistant", "muse_glimmer_assistant", "pi0",
+}  # fmt: skip
 
 # their config does not say what length was trained
 LENGTH_NOT_IN_CONFIG = {"recurrent_gemma"}
@@ -45,6 +47,7 @@ LENGTH_NOT_IN_CONFIG = {"recurrent_gemma"}
 # speech input, another package
 NO_GENERATE = {
     "clvp",
+    "gemma4_unified_assistant",
     "gradium_phonon_tts",
     "higgs_audio_v2",
     "kyutai_speech_to_text",

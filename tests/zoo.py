@@ -233,6 +233,7 @@ OVERRIDES: dict[str, dict[str, Any]] = {
         "activation_sparsity_pattern": [0.0] * 4,
     },
     "gemma4_text": {"global_head_dim": 32},
+    "gemma4_unified_assistant": {"backbone_hidden_size": 64},
     "gemma4_unified_text": {"global_head_dim": 32},
     "glm4v_moe_text": {"head_dim": 32, **_CHUNKED},
     "glm4v_text": _CHUNKED,
@@ -468,6 +469,14 @@ EXTRA_INPUTS: dict[str, Callable[[int, int, _Draw, _Draw], dict[str, Any]]] = {
     "clvp": lambda batch, length, ids, floats: {"input_features": floats(batch, 80, 20)},
     "dia": lambda batch, length, ids, floats: {"decoder_input_ids": ids(batch, length, 9)},
     "diffusion_gemma": lambda batch, length, ids, floats: {"decoder_input_ids": ids(batch, 16)},
+    "gemma4_unified_assistant": lambda batch, length, ids, floats: {
+        "input_ids": None,
+        "inputs_embeds": floats(batch, length, 128),
+        "shared_kv_states": {
+            label: (floats(batch, 2, length, width), floats(batch, 2, length, width))
+            for label, width in (("full_attention", 32), ("sliding_attention", 16))
+        },
+    },
     "idefics": lambda batch, length, ids, floats: {
         "image_encoder_embeddings": floats(batch, 1, 4, 64),
         "image_attention_mask": torch.ones(batch, length, 1),
@@ -517,16 +526,23 @@ EXTRA_INPUTS: dict[str, Callable[[int, int, _Draw, _Draw], dict[str, Any]]] = {
 UNBUILDABLE = {
     "gemma3n": "its vision tower needs timm (the text tower is gemma3n_text)",
     "gemma4_assistant": (
-        "transformers raises in `kv_sharing_modes`: every layer must share its keys, and then "
-        "no layer is left to make them"
+        "its default configuration is not valid (gemma4_unified_assistant is built alike)"
     ),
-    "gemma4_unified_assistant": "as gemma4_assistant",
     "pe_audio_video": "its video tower needs timm",
     "pe_video": "its video tower needs timm",
     "qwen2_5_omni": "has no forward (its text tower is qwen2_5_omni_thinker; `build` works)",
     "qwen3_omni_moe": "has no forward (its text tower is qwen3_omni_moe_thinker; `build` works)",
     "voxtral_realtime_text": "transformers does not export its model class",
 }
+if transformers.__version__ < "5.24":
+    UNBUILDABLE["gemma4_unified_assistant"] = (
+        "transformers raises: every layer must share its keys, and none is left to make them"
+    )
+else:
+    UNBUILDABLE["llama4"] = (
+        "transformers raises in its forward, which reads `image_outputs` where there are none (its "
+        "text tower is llama4_text)"
+    )
 
 # fmt: off
 _WITHOUT_ROPE = {
