@@ -233,7 +233,8 @@ def _can_bypass(head: nn.Module) -> bool:
     dtype there. Elsewhere than on CPUs, float32 would slow half precision down.
     """
     return (
-        type(head) is nn.Linear
+        hasattr(functional, "linear_cross_entropy")  # of torch 2.13
+        and type(head) is nn.Linear
         and type(head.weight) is nn.Parameter
         and not (head._forward_hooks or head._forward_pre_hooks or "forward" in vars(head))
         and not torch.is_autocast_enabled(head.weight.device.type)

@@ -16,7 +16,7 @@ from torch import Tensor
 from hf_rope_ext.errors import RopeError
 from hf_rope_ext.models.family import Config
 
-LAST_TESTED = "5.23.0"
+LAST_TESTED = "5.24.0"
 """The newest release that the test suite has passed on; later ones are proven on the model."""
 
 CACHES = ("cache", "past_key_values", "cache_params")

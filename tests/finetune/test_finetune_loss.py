@@ -117,6 +117,18 @@ def test_labels_can_come_shifted(ids):
     )
 
 
+def test_without_torchs_own_function_the_head_is_called(ids, monkeypatch):
+    """Before torch 2.13."""
+    monkeypatch.delattr(functional, "linear_cross_entropy")
+    model = tiny_llama()
+    expected = model(ids, labels=ids).loss
+
+    with chunked_loss(model, 13):
+        found = model(ids, labels=ids).loss
+
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=0.0)
+
+
 @pytest.fixture
 def bypass(monkeypatch):
     """The vocabularies of the heads that torch's own function has computed."""

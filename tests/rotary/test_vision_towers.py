@@ -40,7 +40,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::hf_rope_ext.errors.RopeWarning"
 
 ROOT = Path(__file__).parents[2]
 TRAINED = 16  # patches along a side
-# every model type of transformers 5.23 whose vision tower is axial
+# every model type of transformers 5.24 whose vision tower is axial
 TOWERS = [
     "cohere_compass", "colqwen2", "cosmos3_omni", "diffusion_gemma", "dots3_note",
     "ernie4_5_vl_moe", "exaone4_5", "glm46v", "glm4v", "glm4v_moe", "glm_ocr", "glmga",
