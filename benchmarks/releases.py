@@ -1,8 +1,10 @@
 """Run the core tests on several releases of transformers, each in an environment of its own.
 
-``python benchmarks/releases.py 5.16.1 newest`` builds ``.releases/<release>``, runs the tests
-marked `core` there, and fails if any of them does. With ``--record`` it writes the result file and
-renders the table of docs/releases.md.
+``python benchmarks/releases.py oldest 5.20.0 newest`` has uv build ``.releases/<release>`` from its
+cache of wheels, runs the tests marked `core` there, and fails if any of them does. The oldest
+release comes with the lowest version that pyproject.toml allows of everything else, so that its
+bounds are tested too; the others come with the newest. With ``--record`` it writes the result file
+and renders the table of docs/releases.md.
 """
 
 import argparse
@@ -11,63 +13,58 @@ import re
 import subprocess
 import sys
 import xml.etree.ElementTree as ElementTree
-from importlib.metadata import version
+from importlib.metadata import requires, version
 from pathlib import Path
 from typing import Any
 
 from recording import record
+from uv import find_uv_bin
 
 ROOT = Path(__file__).parent.parent
-DEFAULT = ("5.16.1", "5.19.0", "5.20.0", "newest")
-PACKAGES = ("transformers", "torch", "huggingface_hub", "peft", "accelerate", "lm_eval")
-# what a release brings itself
-FREE = ("transformers", "huggingface_hub", "tokenizers", "hf-xet", "torch")
-TESTS = [
-    "-m",
-    "pytest",
-    "--quiet",
-    "--numprocesses",
-    "auto",
-    "-p",
-    "no:cacheprovider",
-    "--junitxml",
-]
+DEFAULT = ("oldest", "5.18.0", "5.20.0", "newest")
+PACKAGES = ("transformers", "torch", "huggingface_hub", "peft", "accelerate", "lm_eval", "datasets")
+TESTS = ["-m", "pytest", "--quiet", "--numprocesses", "auto", "-p", "no:cacheprovider"]
 # `-m` here replaces that of pyproject.toml
-CORE = "core and not slow and not gpu"
+TESTS += ["-m", "core and not slow and not gpu", "--junitxml"]
 ENDS = ("failure", "error", "skipped")
 
 
-def constraints(folder: Path, release: str) -> Path:
-    """Write the tested versions of everything that does not depend on the release."""
-    kept = [
-        line
-        for line in (ROOT / "constraints.txt").read_text().splitlines()
-        if line.partition("==")[0] not in FREE
-    ]
+def requirements(release: str) -> list[str]:
+    """Return what uv is to install for a release."""
     # a range would bring a CUDA build of several gigabytes
-    kept.append(f"torch=={version('torch').partition('+')[0]}")
-    if release != "newest":
-        kept.append(f"transformers=={release}")
-    file = folder / "constraints.txt"
-    file.write_text("\n".join(kept) + "\n")
-    return file
+    torch = f"torch=={version('torch').partition('+')[0]}"
+    install = ["--editable", f"{ROOT}[dev]", torch]
+    if release == "newest":
+        return [*install, "transformers"]
+    if release != "oldest":
+        return [*install, f"transformers=={release}"]
+    (bound,) = [name for name in requires("hf-rope-ext") or () if name.startswith("transformers")]
+    return ["--resolution", "lowest-direct", *install, bound.replace(">=", "==")]
+
+
+def run_uv(*words: str | Path) -> bool:
+    """Return whether a command of uv succeeded."""
+    settings = dict(os.environ)
+    # uv reads no settings of pip, which may have been told where torch's CPU build lies
+    settings.setdefault("UV_FIND_LINKS", settings.get("PIP_FIND_LINKS", "").replace(" ", ","))
+    return subprocess.run([find_uv_bin(), *words], check=False, env=settings).returncode == 0
 
 
 def run(release: str) -> dict[str, Any]:
     """Return the versions of one release's environment, and how its tests ended."""
     folder = ROOT / ".releases" / release
     python = folder / "bin" / "python"
-    subprocess.run([sys.executable, "-m", "venv", "--clear", folder], check=True)
-    install = [python, *["-m", "pip", "install", "--quiet", "--constraint"]]
-    install += [constraints(folder, release), "--editable", f"{ROOT}[dev]"]
-    if subprocess.run(install, check=False).returncode:
+    built = run_uv("venv", "--quiet", "--clear", "--python", sys.executable, folder) and run_uv(
+        "pip", "install", "--quiet", "--python", python, *requirements(release)
+    )
+    if not built:
         versions = {**dict.fromkeys(PACKAGES, ""), "transformers": release}
         return {"versions": versions, "passed": 0, "skipped": 0, "failed": ["installation"]}
     code = f"from importlib.metadata import version; print(*map(version, {PACKAGES}))"
     found = subprocess.run([python, "-c", code], check=True, capture_output=True, text=True)
     report = folder / "tests.xml"
     settings = {**os.environ, "HF_HUB_OFFLINE": "1"}
-    done = subprocess.run([python, *TESTS, report, "-m", CORE], cwd=ROOT, env=settings, check=False)
+    done = subprocess.run([python, *TESTS, report], cwd=ROOT, env=settings, check=False)
     versions = [one.partition("+")[0] for one in found.stdout.split()]
     return {
         "versions": dict(zip(PACKAGES, versions, strict=True)),
@@ -110,8 +107,9 @@ def main() -> int:
     parser.add_argument("--record", action="store_true", help="write the result file and the table")
     asked = parser.parse_args()
     releases = asked.releases or list(DEFAULT)
-    if unknown := [name for name in releases if not re.fullmatch(r"newest|\d+\.\d+\.\d+", name)]:
-        parser.error(f"a release is three numbers or 'newest', got {unknown[0]!r}")
+    known = r"oldest|newest|\d+\.\d+\.\d+"
+    if unknown := [name for name in releases if not re.fullmatch(known, name)]:
+        parser.error(f"a release is three numbers, 'oldest' or 'newest', got {unknown[0]!r}")
     results = {release: run(release) for release in releases}
     print(render(results))
     for release, found in results.items():

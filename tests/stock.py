@@ -155,7 +155,7 @@ def write(rotary: Any, label: str | None, planned: Tensor, scaling: float) -> No
 
 
 def follows_length(stock: nn.Module) -> bool:
-    """Whether a stock model is told its length; Qwen2-VL's was not before transformers 5.18."""
+    """Whether a stock model is told its length; Qwen2-VL's was not in transformers 5.16."""
     return all(
         hasattr(type(rotary.original).forward, "__wrapped__")  # by `dynamic_rope_update`
         for rotary in find_rotaries(stock)
@@ -207,7 +207,7 @@ def check(model_type: str) -> dict[str, str]:
         found = zoo.run(model, **inputs)
         assert relative(found, zoo.run(expected, **inputs)) < bound, rope_type
         if rope_type == "yarn" and model.can_generate() and model_type not in NO_GENERATE:
-            # stock Phi drops its cache on the way, before transformers 5.19 for good
+            # stock Phi drops its cache on the way, before transformers 5.20 for good
             cache = {"use_cache": False} if model_type.startswith("phi") else {}
             assert torch.equal(decode(model), decode(expected, **cache))
         unpatch_model(model)

@@ -29,7 +29,7 @@ from hf_rope_ext.methods import (
     Yarn,
 )
 
-# of transformers 5.18
+# of transformers 5.17
 neomme = pytest.importorskip("transformers.models.neomme.modeling_neomme")
 
 GRID = torch.cartesian_prod(torch.arange(5), torch.arange(7))

@@ -75,17 +75,15 @@ def pass_cache(model: Any, cache: Any) -> dict[str, Any]:
 
 def given_cache(arguments: Mapping[str, Any]) -> Any:
     """Return the cache among the arguments of a call, whatever its name; None if there is none."""
-    from transformers import Cache
-
     for name in CACHES:
         if arguments.get(name) is not None:
             return arguments[name]
-    return next((value for value in arguments.values() if isinstance(value, Cache)), None)
+    return next(filter(_counts_tokens, arguments.values()), None)
 
 
 def is_paged(cache: Any) -> bool:
     """Return whether the rows of all requests are one in a cache (continuous batching)."""
-    return not hasattr(cache, "get_seq_length")
+    return not _counts_tokens(cache)
 
 
 def with_cache_named(arguments: Mapping[str, Any], name: str | None) -> dict[str, Any]:
@@ -96,11 +94,9 @@ def with_cache_named(arguments: Mapping[str, Any], name: str | None) -> dict[str
     Raises:
         RopeError: If there are two caches.
     """
-    from transformers import Cache
-
     renamed = dict(arguments)
     for other in CACHES:
-        if name is None or other == name or not isinstance(renamed.get(other), Cache):
+        if name is None or other == name or not _counts_tokens(renamed.get(other)):
             continue
         cache = renamed.pop(other)
         if renamed.setdefault(name, cache) is None:
@@ -112,12 +108,10 @@ def with_cache_named(arguments: Mapping[str, Any], name: str | None) -> dict[str
 
 def output_cache(output: Any) -> Any:
     """Return the cache in a model's output, whatever its name; None if there is none."""
-    from transformers import Cache
-
     if not isinstance(output, Mapping | tuple):
         output = getattr(output, "__dict__", {})
     parts = output.values() if isinstance(output, Mapping) else output
-    return next((part for part in parts if isinstance(part, Cache)), None)
+    return next(filter(_counts_tokens, parts), None)
 
 
 def new_cache(config: Config) -> Any:
@@ -138,7 +132,7 @@ def switches_frequencies(model: Any) -> bool:
     """Return whether a model drops its cache where a request grows beyond the trained length.
 
     The Phi-3 family does, since its stock LongRoPE then has other frequencies. Before transformers
-    5.19 it also forgets to run the tokens of the dropped cache again.
+    5.20 it also forgets to run the tokens of the dropped cache again.
     """
     code = inspect.unwrap(getattr(type(model), PREPARE_INPUTS, generates)).__code__
     return TRAINED_LENGTH in (*code.co_consts, *code.co_names)
@@ -217,7 +211,7 @@ def mrope_section(rotary: Any, label: str | None = None) -> tuple[int, ...]:
     """Return a rotary module's number of pairs per position axis; empty for one-dimensional ones.
 
     Args:
-        rotary: The module. Before transformers 5.18 some leave the section to the attention, and
+        rotary: The module. In transformers 5.16 some leave the section to the attention, and
             only their config has it.
         label: The layer type, where sections differ.
     """
@@ -235,7 +229,7 @@ def mrope_section(rotary: Any, label: str | None = None) -> tuple[int, ...]:
 def pick_axes(rotary: Any, label: str | None, values: Tensor) -> Tensor:
     """Return cosines or sines as they reach queries and keys.
 
-    Before transformers 5.18 Qwen2-VL and its relatives leave it to the attention to take each
+    In transformers 5.16 Qwen2-VL and its relatives leave it to the attention to take each
     section of a half from the row of its axis.
 
     Args:
@@ -251,7 +245,7 @@ def pick_axes(rotary: Any, label: str | None, values: Tensor) -> Tensor:
 
 
 def training_setting(name: str) -> str:
-    """Return what the installed TrainingArguments call a setting that was renamed in 5.22."""
+    """Return what the installed TrainingArguments call a setting that was renamed in 5.23."""
     from transformers import TrainingArguments
 
     older = name.replace("activation_checkpointing", "gradient_checkpointing")
@@ -281,3 +275,11 @@ def attention_name(config: Config) -> str | None:
 def set_attention_name(config: Config, name: str | None) -> None:
     """Set the name of the attention that a config asks for."""
     config._attn_implementation = name
+
+
+def _counts_tokens(value: Any) -> bool:
+    """Return whether a value is a cache that knows how many tokens it holds.
+
+    By looking, since torch 2.11 cannot compile an import.
+    """
+    return hasattr(value, "get_seq_length")

@@ -253,7 +253,7 @@ def test_two_threads_on_one_model_do_not_mix():
 
 @pytest.mark.parametrize("method", ["yarn", "dynamic_yarn"])
 def test_phi_keeps_its_cache_where_a_request_grows_beyond_the_trained_length(method):
-    """Stock Phi drops it there, for its LongRoPE; before transformers 5.19 without filling it."""
+    """Stock Phi drops it there, for its LongRoPE; before transformers 5.20 without filling it."""
     model = zoo.build("phi3")
     seen = []
     patch_model(model, method, factor=4)

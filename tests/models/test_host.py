@@ -98,7 +98,7 @@ def test_an_unknown_release_is_refused_before_anything_is_built(monkeypatch, cap
 
     with pytest.raises(SystemExit):
         releases.main()
-    assert "three numbers or 'newest', got 'latest'" in capsys.readouterr().err
+    assert "three numbers, 'oldest' or 'newest', got 'latest'" in capsys.readouterr().err
 
 
 def test_a_failing_release_fails_the_run_after_all_have_run(monkeypatch, capsys):

@@ -52,7 +52,7 @@ def is_served(model_type: str) -> bool:
     if model_type != "cosmos3_edge":
         return True
     (rotary,) = find_rotaries(zoo.build(model_type))
-    return rotary.live(None).ndim == 1  # a matrix of axes and pairs before transformers 5.18
+    return rotary.live(None).ndim == 1  # a matrix of axes and pairs in transformers 5.16
 
 
 FAMILIES = sorted(filter(is_served, zoo_images.FAMILIES))
@@ -132,7 +132,7 @@ def trained_frequencies(base: float, count: int) -> Any:
 
 
 def require_whole(model: nn.Module, label: str | None, base: float, pair_of: list[int]) -> None:
-    """Skip where stock leaves a part of cos and sin to the attention, as before 5.18."""
+    """Skip where stock leaves a part of cos and sin to the attention, as in 5.16."""
     (rotary,) = find_rotaries(model)
     places = torch.ones(len(rotary.parameters(label).get("mrope_section", [0, 0])), 1, 1)
     given = () if label is None else (label,)
@@ -140,7 +140,7 @@ def require_whole(model: nn.Module, label: str | None, base: float, pair_of: lis
     whole = np.cos(trained_frequencies(base, len(pair_of) // 2))[pair_of]
     if cos.shape == (1, 1, len(pair_of)) and np.allclose(cos[0, 0], whole, rtol=0, atol=1e-5):
         return
-    assert transformers.__version__ < "5.18"
+    assert transformers.__version__ < "5.17"
     pytest.skip("the attention completes what the rotary embedding returns")
 
 

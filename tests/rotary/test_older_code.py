@@ -1,6 +1,6 @@
 """Rotary code of older releases, put into a model of the installed one.
 
-Before transformers 5.19 it expands one vector of frequencies over the batch; before 5.18 Qwen2-VL's
+Before transformers 5.19 it expands one vector of frequencies over the batch; in 5.16 Qwen2-VL's
 leaves it to the attention to take each section from its axis.
 """
 
@@ -58,7 +58,7 @@ def test_a_cached_loop_equals_the_full_forward_and_todays_code():
 
 
 def with_axes_left_to_attention(model, monkeypatch):
-    """The rotary embedding and the attention of Qwen2-VL before transformers 5.18."""
+    """The rotary embedding and the attention of Qwen2-VL in transformers 5.16."""
     section = model.config.rope_parameters["mrope_section"]
     rotary, apply = model.rotary_emb, modeling_qwen2_vl.apply_rotary_pos_emb
 

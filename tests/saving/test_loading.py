@@ -145,6 +145,7 @@ LAYERS_DIFFER = {
     "gemma4",
     "gemma4_text",
     "gemma4_unified",
+    "gemma4_unified_assistant",
     "gemma4_unified_text",
 }
 
