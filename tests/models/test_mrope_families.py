@@ -45,17 +45,19 @@ from hf_rope_ext.saving.loading import read_config
 TRAINED = zoo.TRAINED
 
 
-def is_served(model_type: str) -> bool:
-    """Whether the installed release has a type, and computes its frequencies in a known way."""
-    if model_type not in zoo.MODEL_TYPES:
-        return False
-    if model_type != "cosmos3_edge":
-        return True
-    (rotary,) = find_rotaries(zoo.build(model_type))
-    return rotary.live(None).ndim == 1  # a matrix of axes and pairs in transformers 5.16
+# before these releases of transformers: stock scales the pairs of Cohere Compass in another order
+# than it stores them, NeoMME's rotary embedding takes no positions of text, and that of Cosmos 3
+# Edge has a matrix of axes and pairs
+SINCE = {"cohere_compass": "5.21", "neomme": "5.19", "cosmos3_edge": "5.17"}
 
 
-FAMILIES = sorted(filter(is_served, zoo_images.FAMILIES))
+def is_comparable(model_type: str) -> bool:
+    """Whether the installed release has a type, and can be what it is compared with."""
+    known = model_type in zoo.MODEL_TYPES
+    return known and transformers.__version__ >= SINCE.get(model_type, "5")
+
+
+FAMILIES = sorted(filter(is_comparable, zoo_images.FAMILIES))
 GENERATING = [name for name in FAMILIES if name != "neomme"]  # an encoder
 # their stock code takes no scaling
 BY_HAND = {"cosmos3_edge", "ernie4_5_vl_moe"}
