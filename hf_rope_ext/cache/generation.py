@@ -1,32 +1,47 @@
 """The final length of a request, as `generate` knows it, or `planned` for a hand-written loop."""
 
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from itertools import chain
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
-from hf_rope_ext.cache.planner import Planner
+from hf_rope_ext.cache.followers import attach_plan
+from hf_rope_ext.cache.given import Keep, can_refill
+from hf_rope_ext.cache.learned_prefix import prefix_changes, prompt_learning
+from hf_rope_ext.cache.planner import Planner, Repeat
 from hf_rope_ext.changes import AddHooks, Change, StandIn
 from hf_rope_ext.errors import RopeError, UnsupportedModelError
 from hf_rope_ext.models import host
 from hf_rope_ext.models.find import innermost_models
 from hf_rope_ext.rotary.installed import SwapRotary
-from hf_rope_ext.rotary.request_plan import RUNNING, CachePlan, Generation, plan_of
+from hf_rope_ext.rotary.request_plan import plan_of, row_lengths
+from hf_rope_ext.rotary.running import Generation, announce, announced_generation
 
 
 class Generate(StandIn):
-    """Stands in for ``generate``, so that the planner knows about it."""
+    """Stands in for ``generate``, so that the planner knows about it.
+
+    Args:
+        model: The model that generates.
+        planners: The planners of its text models.
+    """
 
     name = "generate"
+
+    def __init__(self, model: nn.Module, planners: Sequence[Planner]) -> None:
+        super().__init__(model)
+        self.planners = planners
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Generate."""
         ids = kwargs.get("input_ids", kwargs.get("inputs", args[0] if args else None))
         kwargs = host.with_cache_named(kwargs, host.cache_argument(type(self.model).forward))
-        with _generating(Generation(input_ids=ids, outer=RUNNING.generation)):
+        models = frozenset({id(self.model), id(kwargs.get("assistant_model"))})
+        generation = Generation(input_ids=ids, models=models, planners=self.planners)
+        with announce(generation), prompt_learning(self.model) as generation.virtual_tokens:
             return self.stock(*args, **kwargs)
 
 
@@ -38,8 +53,31 @@ class PrepareCache(StandIn):
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Prepare the cache and record the length of the request."""
         result = self.stock(*args, **kwargs)
-        _prepare(host.GenerateRequest.from_call(self.__signature__, args, kwargs))
+        generation = announced_generation()
+        if generation is not None and id(self.model) in generation.models:
+            _prepare(generation, host.GenerateRequest.from_call(self.__signature__, args, kwargs))
         return result
+
+
+class RefuseContinuous(StandIn):
+    """Stands in for a method that serves many requests in one paged cache.
+
+    Args:
+        model: The model.
+        name: The method.
+    """
+
+    def __init__(self, model: nn.Module, name: str) -> None:
+        super().__init__(model)
+        self.name = name  # type: ignore[misc]
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Refuse."""
+        raise RopeError(
+            f"{self.name} keeps the rows of all requests in one paged cache, where a "
+            f"length-dependent method cannot give each its own frequencies; call generate, or "
+            f"patch with a static method such as 'yarn'."
+        )
 
 
 class KeepCache(StandIn):
@@ -85,27 +123,45 @@ def planning_changes(model: nn.Module, swaps: Sequence[SwapRotary]) -> list[Chan
         UnsupportedModelError: If the installed transformers prepares caches differently.
     """
     changes: list[Change] = []
-    generating: dict[int, nn.Module] = {}
+    planners: dict[int, list[Planner]] = {}
+    outer: dict[int, nn.Module] = {}
     for around in innermost_models(model, [swap.module.path for swap in swaps]):
         inner = around[0]
         parts = set(inner.modules())
-        rotaries = [swap.module for swap in swaps if swap.parents & parts]
-        planner = Planner(inner, rotaries)
+        own = [swap for swap in swaps if swap.parents & parts]
+        planner = Planner(inner, [swap.module for swap in own])
+        for rotary in planner.rotaries:
+            rotary.planner = planner
         changes.append(AddHooks(inner, planner.begin, planner.end))
-        generating |= {id(part): part for part in around if host.generates(part)}
-    for part in generating.values():
-        if not host.GenerateRequest.is_known(type(part)):
-            raise UnsupportedModelError(
-                f"generate of {type(part).__name__} prepares its cache in an unknown way in "
-                f"{host.describe_release()}, so a request cannot be planned; nothing was changed."
-            )
-        # a method that the user has put on the instance stays
-        changes += [
-            stand_in(part).change()
-            for stand_in in (Generate, PrepareCache)
-            if stand_in.name not in vars(part)
-        ]
-    return changes
+        # rotary embeddings inside the layers, which a checkpointed backward pass calls once more
+        for parent in {parent for swap in own for parent in swap.parents} - {inner}:
+            repeat = Repeat(planner)
+            changes.append(AddHooks(parent, repeat.begin, repeat.end))
+        for part in around:
+            outer[id(part)] = part
+            planners.setdefault(id(part), []).append(planner)
+    for part in outer.values():
+        keep = Keep(part, planners[id(part)])
+        changes.append(AddHooks(part, keep.begin, keep.end))
+        if host.generates(part):
+            changes += _generating_changes(part, planners[id(part)])
+    return [*changes, *prefix_changes(model)]
+
+
+def _generating_changes(part: nn.Module, planners: Sequence[Planner]) -> list[Change]:
+    """Return the changes to a model that generates."""
+    if not host.GenerateRequest.is_known(type(part)):
+        raise UnsupportedModelError(
+            f"generate of {type(part).__name__} prepares its cache in an unknown way in "
+            f"{host.describe_release()}, so a request cannot be planned; nothing was changed."
+        )
+    refusals = [RefuseContinuous(part, name) for name in host.CONTINUOUS if hasattr(part, name)]
+    # a method that the user has put on the instance stays
+    return [
+        stand_in.change()
+        for stand_in in (Generate(part, planners), PrepareCache(part), *refusals)
+        if stand_in.name not in vars(part)
+    ]
 
 
 @contextmanager
@@ -113,7 +169,9 @@ def planned(max_length: int) -> Iterator[None]:
     """Plan the calls in a ``with`` block for this many tokens, as ``generate`` does for its own.
 
     For hand-written loops with a length-dependent method: a cache filled in the block is planned
-    for the whole loop, so that cached decoding equals the full forward.
+    for the whole loop, so that cached decoding equals the full forward. It holds for the models
+    called in this context, whatever else runs in the thread, and a cache keeps its plan after the
+    block.
 
     Args:
         max_length: Final number of tokens of the longest row: prompt, padding and new tokens.
@@ -123,53 +181,61 @@ def planned(max_length: int) -> Iterator[None]:
     """
     if isinstance(max_length, bool) or not isinstance(max_length, int) or max_length < 1:
         raise RopeError(f"max_length must be a positive integer, in tokens, got {max_length!r}.")
-    with _generating(Generation(max_length=max_length)):
+    with announce(Generation(max_length=max_length)):
         yield
 
 
-@contextmanager
-def _generating(generation: Generation) -> Iterator[None]:
-    outer = RUNNING.generation
-    RUNNING.generation = generation
-    try:
-        yield
-    finally:
-        RUNNING.generation = outer
-
-
-def _prepare(request: host.GenerateRequest) -> None:
+def _prepare(generation: Generation, request: host.GenerateRequest) -> None:
     """Record the length of a request, and make sure that a cache passed in can serve it."""
-    generation = RUNNING.generation
-    if generation is None:
-        return
     # an assistant drafts no further than the model it drafts for
-    outer = generation.outer.max_length if generation.outer is not None else None
-    generation.max_length = length = max(request.length, outer or 0)
+    outer = generation.outer
+    drafts = outer is not None and not outer.models.isdisjoint(generation.models - {id(None)})
+    drafted = outer.max_length if outer is not None and drafts else None
+    length = max(request.length, drafted or 0)
+    cache = host.given_cache(request.arguments)
+    plan = plan_of(cache)
+    seen = 0 if cache is None else int(host.self_attention_cache(cache).get_seq_length())
+    if seen and not request.has_whole_text(generation.input_ids):
+        length += seen
+    generation.max_length = length
+    generation.lengths = lengths = _final_lengths(generation, request, length)
     chunk, mask = request.config.prefill_chunk_size, request.arguments.get("attention_mask")
-    if chunk is not None and mask is not None and not mask[:, :chunk].any(dim=-1).all():
+    first = None if chunk is None or mask is None or lengths is not None else mask[:, :chunk]
+    if first is not None and not first.any(dim=-1).all():
         raise RopeError(
             f"prefill_chunk_size={chunk} gives a row of the batch nothing but padding in its first "
             f"chunk, so its length is not known yet; use longer chunks."
         )
-    cache = host.given_cache(request.arguments)
-    plan = plan_of(cache)
     if plan is None:
         return
-    seen = int(host.self_attention_cache(cache).get_seq_length())
-    if seen and not request.has_whole_text(generation.input_ids):
-        generation.max_length = seen + length
-    elif (
-        seen and length > max(plan.capacity, plan.trained) and _can_refill(plan, request.arguments)
-    ):
-        host.empty_cache(cache)  # refilled from the whole text under a longer plan, which is exact
-        seen = 0
-    if not seen:
-        cache.hf_rope_ext_plan = None
+    if seen:
+        outgrows = length > plan.capacity
+        if lengths is not None and plan.lengths is not None:
+            known = plan.lengths.to(lengths.device).clamp(min=plan.trained)
+            outgrows = bool((lengths > known).any())
+        can_refill_all = request.has_whole_text(generation.input_ids) and can_refill(
+            plan, request.arguments
+        )
+        if outgrows and can_refill_all:
+            host.empty_cache(cache)  # refilled from the whole text: a longer plan, which is exact
+        generation.outgrows = outgrows and not can_refill_all
+        plan.capacity = max(plan.capacity, 0 if outgrows else length)
+    if not int(host.self_attention_cache(cache).get_seq_length()):
+        attach_plan(cache, None)
 
 
-def _can_refill(plan: CachePlan, model_kwargs: Mapping[str, Any]) -> bool:
-    """Return whether a cache can be refilled: not if it holds images that were not passed again."""
-    passed_again = any(
-        name.startswith("pixel_values") and model_kwargs[name] is not None for name in model_kwargs
-    )
-    return passed_again or plan.has_images is None or not bool(plan.has_images)
+def _final_lengths(
+    generation: Generation, request: host.GenerateRequest, length: int
+) -> Tensor | None:
+    """Return the final length of each row in positions, if ``generate`` has prepared positions."""
+    positions, mask = request.positions, request.arguments.get("attention_mask")
+    planners: Any = generation.planners
+    axes = max(planner.axes for planner in planners)
+    if positions is None or (axes > 1 and positions.ndim < 3):
+        return None
+    if positions.ndim == 3:
+        positions = positions[-axes:]
+    new = length - positions.shape[-1]
+    if mask is not None and mask.shape[-1] != positions.shape[-1]:
+        mask = None
+    return row_lengths(positions, mask, new)

@@ -7,16 +7,67 @@ attributes of the patched model, not of its class.
 
 import inspect
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from hf_rope_ext.cache.followers import attach_plan
+from hf_rope_ext.cache.given import padding_mask
+from hf_rope_ext.cache.learned_prefix import is_learned
 from hf_rope_ext.cache.rerotation import KeyLayout, position_axes, read_layout, turn_keys
 from hf_rope_ext.errors import RopeError
 from hf_rope_ext.models import host
 from hf_rope_ext.rotary.extended import ExtendedRotary
-from hf_rope_ext.rotary.request_plan import RUNNING, CachePlan, Call, plan_of, row_lengths
+from hf_rope_ext.rotary.request_plan import CachePlan, plan_of, row_lengths
+from hf_rope_ext.rotary.running import (
+    RUNNING,
+    Call,
+    Generation,
+    announced_generation,
+    innermost,
+    is_backward,
+    recall,
+    remember,
+)
+
+
+@dataclass(frozen=True, eq=False)
+class _Asked:
+    """What a call asks for.
+
+    Args:
+        rows: Number of its rows.
+        tokens: Number of tokens in each.
+        positions: Its positions, with the family's extra text axis in front, if any; None where
+            the model computes them.
+        mask: Its padding mask, ``(batch, seq)`` or longer by the tokens in the cache, if any.
+        generation: What is running.
+    """
+
+    rows: int
+    tokens: int
+    positions: Tensor | None
+    mask: Tensor | None
+    generation: Generation | None
+
+    @property
+    def limit(self) -> int | None:
+        """Final number of tokens, virtual ones included, if it is known."""
+        running = self.generation
+        if running is None or running.max_length is None:
+            return None
+        return running.max_length + running.virtual_tokens
+
+    def mask_after(self, seen: int) -> Tensor | None:
+        """Return the mask of the call's own tokens, where the cache holds ``seen`` before them."""
+        if self.mask is None or self.mask.shape[-1] < self.tokens:
+            return None
+        if self.mask.shape[-1] == self.tokens:
+            return self.mask
+        own = self.mask[:, seen : seen + self.tokens]
+        return own if own.shape[-1] == self.tokens else None
 
 
 class Planner:
@@ -52,14 +103,9 @@ class Planner:
         """
         kwargs = host.with_cache_named(kwargs, self.cache_name)
         arguments = {**dict(zip(self.parameters, args, strict=False)), **kwargs}
-        cache = host.given_cache(arguments)
-        if cache is not None and host.is_paged(cache):
-            raise RopeError(
-                f"{self.method} cannot serve a paged cache, in which the rows of all requests are "
-                f"one; use generate, or a static method."
-            )
-        call = self._call(model, cache, arguments.get("position_ids"), *_shape(arguments))
-        call.owner, call.outer = self, RUNNING.call
+        repeated = recall(arguments.values()) if is_backward() else None
+        call = self._call(model, arguments) if repeated is None else repeated
+        call.owner, call.planners, call.outer = self, (self,), RUNNING.call
         RUNNING.call = call
         return args, kwargs
 
@@ -78,19 +124,33 @@ class Planner:
             return
         cache = host.output_cache(output)
         if cache is not None and plan_of(cache) is None:
-            cache.hf_rope_ext_plan = call.plan
-        generation = RUNNING.generation
-        report = self.policy.on_plan if generation is None or generation.reports else None
-        if report is not None and call.is_new and not torch.compiler.is_compiling():
-            report(call.plan.report())
+            attach_plan(cache, call.plan)
+        generation = self._generation()
+        if not torch.compiler.is_compiling():
+            if generation is not None and (model.training or torch.is_grad_enabled()):
+                remember((*args, *kwargs.values()), call)
+            report = self.policy.on_plan if generation is None or generation.reports else None
+            if report is not None and call.is_new:
+                report(call.plan.report())
 
-    def _call(
-        self, model: nn.Module, cache: Any, positions: Tensor | None, rows: int, tokens: int
-    ) -> Call:
-        generation = RUNNING.generation if self.cache_name else None
-        limit = generation.max_length if generation is not None else None
+    def _generation(self) -> Generation | None:
+        return innermost(announced_generation(), self) if self.cache_name else None
+
+    def _call(self, model: nn.Module, arguments: Mapping[str, Any]) -> Call:
+        cache = host.given_cache(arguments)
+        if cache is not None and host.is_paged(cache):
+            raise RopeError(
+                f"{self.method} cannot serve a paged cache, in which the rows of all requests are "
+                f"one; use generate, or a static method."
+            )
+        rows, tokens = _shape(arguments)
+        mask = arguments.get("attention_mask")
+        if mask is not None and not (isinstance(mask, Tensor) and mask.ndim == 2):
+            mask = padding_mask(innermost(RUNNING.given, self), decodes=bool(self.cache_name))
+        positions = arguments.get("position_ids")
+        asked = _Asked(rows, tokens, positions, mask, self._generation())
         if cache is None:
-            return self._first(None, tokens, limit)
+            return self._first(None, asked)
         seen = host.self_attention_cache(cache).get_seq_length()
         plan = plan_of(cache)
         if isinstance(seen, Tensor):  # a cache of fixed size: it cannot outgrow its plan
@@ -98,11 +158,30 @@ class Planner:
                 # a cache that was only initialised in advance is still empty
                 if not torch.compiler.is_compiling() and int(seen):
                     raise _unknown(self.method, int(seen))
-                return self._first(cache, tokens, limit)
+                return self._first(cache, asked)
         elif seen == 0:
-            return self._first(cache, tokens, limit)
+            return self._first(cache, asked)
         if plan is None:
-            raise _unknown(self.method, int(seen))
+            return self._first_after(cache, asked, int(seen))
+        self._require_own(plan, rows)
+        if isinstance(seen, Tensor):
+            if self._leaps(plan, asked, 0, None):
+                raise RopeError(
+                    f"the positions of this call go beyond those that the cache of fixed size was "
+                    f"planned for under {self.method}; nothing was changed. Fill a new cache with "
+                    f"all tokens at once."
+                )
+            return Call(plan, is_new=False)
+        grows = self._outgrows(plan, asked, seen) and plan.policy.on_growth != "freeze"
+        if grows:
+            self._grow(model, cache, plan, asked, seen)
+        if not torch.compiler.is_compiling() and plan.is_compiled:
+            attach_plan(cache, plan)
+            plan.is_compiled = False
+        return Call(plan, seen=seen, records=plan.positions is not None, is_new=grows)
+
+    def _require_own(self, plan: CachePlan, rows: int) -> None:
+        """Check that the plan on a cache is of this method and for as many rows."""
         if plan.method != self.method:
             raise RopeError(
                 f"the cache was filled under {plan.method}, but the model is patched with "
@@ -114,74 +193,119 @@ class Planner:
                 f"the cache was planned for {plan.lengths.shape[0]} rows, but {rows} came; fill a "
                 f"new cache for another batch."
             )
-        if isinstance(seen, Tensor):
-            if self._beyond(plan, positions, left=0) is not None:
-                raise RopeError(
-                    f"the positions of this call go beyond those that the cache of fixed size was "
-                    f"planned for under {self.method}; nothing was changed. Fill a new cache with "
-                    f"all tokens at once."
-                )
-            return Call(plan, is_new=False)
-        beyond = self._beyond(plan, positions, left=max(plan.capacity - seen - tokens, 0))
-        outgrown = beyond is not None or seen + tokens > plan.capacity
-        grows = outgrown and plan.policy.on_growth != "freeze"
-        if grows:
-            self._grow(model, cache, plan, seen + tokens, limit, beyond)
-        return Call(plan, seen=seen, records=plan.positions is not None, is_new=grows)
 
-    def _beyond(self, plan: CachePlan, positions: Tensor | None, left: int) -> Tensor | None:
-        """Return the rows' new lengths if any position goes beyond the plan, else None.
+    def _outgrows(self, plan: CachePlan, asked: _Asked, seen: int) -> bool:
+        """Return whether a call needs a longer plan than its cache has."""
+        generation = asked.generation
+        if generation is not None and generation.models:
+            # what is drafted beyond the last token is dropped again
+            return generation.outgrows or seen > plan.capacity
+        needed = seen + asked.tokens
+        left = max(plan.capacity - needed, 0)
+        return needed > plan.capacity or self._leaps(plan, asked, left, seen)
 
-        A video can take more positions than tokens. A single token is not checked: it continues
-        from the tokens before it, and looking at it would synchronize with the device.
+    def _leaps(self, plan: CachePlan, asked: _Asked, left: int, seen: int | None) -> bool:
+        """Return whether positions go beyond the plan, for all that tokens do not.
+
+        A video can take more positions than tokens, and positions of text may be passed. A single
+        token is not checked: it continues from the tokens before it, and looking at it would
+        synchronize with the device.
 
         Args:
             plan: The plan of the cache.
-            positions: The call's positions, with the family's extra text axis in front, if any.
+            asked: The call.
             left: Number of tokens that the plan has room for after this call.
+            seen: Number of tokens in the cache; None if only the device knows it.
         """
-        if positions is None or positions.ndim < 3 or positions.shape[-1] == 1 or self.axes == 1:
-            return None
-        lengths = row_lengths(positions[-self.axes :]) + left
+        positions = asked.positions
+        if positions is None or positions.shape[-1] == 1:
+            return False
+        mask = None if seen is None else asked.mask_after(seen)
+        lengths = row_lengths(self._own_axes(positions), mask, left)
         assert plan.lengths is not None
-        known = plan.lengths.to(lengths.device)
-        outgrown = (lengths > known.clamp(min=plan.trained)).any()
-        return torch.maximum(lengths, known) if bool(outgrown) else None
+        known = plan.lengths.to(lengths.device).clamp(min=plan.trained)
+        return bool((lengths > known).any())
 
-    def _first(self, cache: Any, tokens: int, limit: int | None) -> Call:
-        """Return the first call of a request, which makes its plan."""
-        size = None if cache is None or limit else host.fixed_size(host.self_attention_cache(cache))
-        capacity = max(size or limit or 0, tokens)
+    def _own_axes(self, positions: Tensor) -> Tensor:
+        """Return positions without the axis that some families put in front, to build masks."""
+        return positions[-self.axes :] if positions.ndim == 3 else positions
+
+    def _first(self, cache: Any, asked: _Asked, seen: int = 0) -> Call:
+        """Return the first call of a request, which makes its plan.
+
+        Args:
+            cache: The cache that it fills, if any.
+            asked: The call.
+            seen: Number of tokens in the cache that are not rotated.
+        """
+        generation, limit = asked.generation, asked.limit
+        own = None if cache is None else host.self_attention_cache(cache)
+        size = None if own is None or limit else host.fixed_size(own)
+        needed = seen + asked.tokens
+        capacity = max(size or limit or 0, needed)
+        lengths = None
+        if generation is not None and not generation.virtual_tokens:
+            lengths = generation.lengths
+            if lengths is not None and lengths.shape[0] not in (1, asked.rows):
+                lengths = None
         plan = CachePlan(self.method, self.trained, self.policy, capacity)
+        plan.is_compiled = torch.compiler.is_compiling()
         if cache is not None:
-            cache.hf_rope_ext_plan = plan
-        grows = self.policy.on_growth == "rerotate" and size is None
-        return Call(plan, ahead=capacity - tokens, size=size, records=grows)
+            attach_plan(cache, plan)
+        return Call(
+            plan,
+            seen=seen,
+            ahead=capacity - needed,
+            mask=asked.mask_after(seen),
+            lengths=lengths,
+            size=size,
+            records=self.policy.on_growth == "rerotate" and size is None,
+        )
+
+    def _first_after(self, cache: Any, asked: _Asked, seen: int) -> Call:
+        """Return the first call on a cache that was filled without a plan.
+
+        Raises:
+            RopeError: If its keys may be rotated by other angles than those of the request.
+        """
+        if is_learned(cache):
+            return self._first(cache, asked, seen)
+        if self.axes > 1 or max(asked.limit or 0, seen + asked.tokens) > self.trained:
+            raise _unknown(self.method, seen)
+        # within the trained length every plan is that of the unpatched model
+        call = self._first(cache, asked, seen)
+        call.records, call.plan.unknown = False, seen
+        return call
 
     def _grow(
-        self,
-        model: nn.Module,
-        cache: Any,
-        plan: CachePlan,
-        needed: int,
-        limit: int | None,
-        beyond: Tensor | None,
+        self, model: nn.Module, cache: Any, plan: CachePlan, asked: _Asked, seen: int
     ) -> None:
         """Extend the plan of a cache and rotate its keys accordingly."""
+        generation, limit, needed = asked.generation, asked.limit, seen + asked.tokens
         if plan.policy.on_growth == "error":
-            more = f"{needed}" if beyond is None else f"positions up to {int(beyond.max())}"
             raise RopeError(
                 f"the cache was planned for {plan.capacity} tokens under {self.method}, and this "
-                f"call needs {more}; nothing was changed. Run the loop in `planned(max_length)`, "
-                f"fill a new cache with all tokens, or patch with on_growth='rerotate'."
+                f"call needs {max(limit or 0, needed)}, or positions beyond; nothing was changed. "
+                f"Run the loop in `planned(max_length)`, fill a new cache with all tokens, or "
+                f"patch with on_growth='rerotate'."
             )
+        if plan.unknown:
+            raise _unknown(self.method, plan.unknown)
         assert plan.lengths is not None
-        if plan.positions is not None:  # the cache may have been cropped
-            held = host.self_attention_cache(cache).get_seq_length()
-            plan.positions = plan.positions[..., :held]
+        assert plan.positions is not None
+        plan.positions = plan.positions[..., :seen]  # the cache may have been cropped
         capacity = max(limit, needed) if limit else plan.policy.grow(needed, self.trained)
         capacity = max(capacity, plan.capacity)
-        lengths = (plan.lengths if beyond is None else beyond) + (capacity - plan.capacity)
+        lengths = generation.lengths if generation is not None else None
+        if lengths is None:
+            positions = asked.positions
+            if positions is None:
+                steps = torch.arange(1, asked.tokens + 1, device=plan.positions.device)
+                positions = plan.positions[..., -1:] + steps
+            lengths = row_lengths(
+                self._own_axes(positions), asked.mask_after(seen), capacity - needed
+            )
+        lengths = torch.maximum(lengths.to(plan.lengths.device), plan.lengths)
         frequencies = {
             key: rotary.frequencies_at(key, lengths)
             for rotary in self.rotaries
@@ -193,6 +317,49 @@ class Planner:
                 self.layout = read_layout(model, self.rotaries)
             turn_keys(host.self_attention_cache(cache), self.layout, plan, frequencies)
         plan.frequencies, plan.lengths, plan.capacity = frequencies, lengths, capacity
+        if generation is not None:
+            generation.outgrows = False
+
+
+class Repeat:
+    """The forward hooks of a module that calls its rotary embedding inside a layer.
+
+    A checkpointed backward pass runs layers once more, outside the text model and maybe in another
+    thread. They then get the plan of the call they repeat.
+
+    Args:
+        planner: The planner of the text model around it.
+    """
+
+    def __init__(self, planner: Planner) -> None:
+        self.planner = planner
+
+    def begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        """Remember the plan of a call, or bring it back (forward pre-hook).
+
+        Raises:
+            RopeError: If the plan of a repeated call is not known.
+        """
+        tensors = (*args, *kwargs.values())
+        running = innermost(RUNNING.call, self.planner)
+        if running is not None:
+            if module.training and not torch.compiler.is_compiling():
+                remember(tensors, running)
+        elif is_backward():
+            repeated = recall(tensors)
+            if repeated is None:
+                raise RopeError(
+                    f"{type(module).__name__} is repeated in a backward pass on other inputs than "
+                    f"it had, so the plan of its request is not known; call the model in train() "
+                    f"mode."
+                )
+            repeated.planners, repeated.outer = (self.planner,), RUNNING.call
+            repeated.owner, RUNNING.call = self, repeated
+
+    def end(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        """Leave a repeated call (forward hook)."""
+        if RUNNING.call is not None and RUNNING.call.owner is self:
+            RUNNING.call = RUNNING.call.outer
 
 
 def _shape(arguments: Mapping[str, Any]) -> tuple[int, int]:
@@ -205,5 +372,7 @@ def _shape(arguments: Mapping[str, Any]) -> tuple[int, int]:
 
 def _unknown(method: str, tokens: int) -> RopeError:
     return RopeError(
-        f"the cache holds {tokens} tokens that were not computed under {method}; fill a new cache."
+        f"the cache holds {tokens} tokens that were not computed under {method}, and a request "
+        f"beyond the trained length needs them so; nothing was changed. Fill a new cache. If they "
+        f"are the learned prefix of an adapter, patch the PeftModel instead of its base model."
     )

@@ -21,7 +21,8 @@ from hf_rope_ext.geometry import Scale
 from hf_rope_ext.models import host
 from hf_rope_ext.models.smallest_call import arguments_for
 from hf_rope_ext.rotary.extended import ExtendedRotary
-from hf_rope_ext.rotary.request_plan import RUNNING, CachePlan, Call, RequestPolicy
+from hf_rope_ext.rotary.request_plan import CachePlan, RequestPolicy
+from hf_rope_ext.rotary.running import RUNNING, Call
 
 SAMPLES = 16
 """Number of single tokens to run; enough that no two coordinates agree by chance."""

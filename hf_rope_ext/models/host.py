@@ -22,6 +22,12 @@ LAST_TESTED = "5.24.0"
 CACHES = ("cache", "past_key_values", "cache_params")
 """What releases and families call the cache, in arguments and in outputs."""
 
+PEFT_CACHE = "past_key_values"
+"""What PEFT calls the cache, on every release."""
+
+CONTINUOUS = ("generate_batch", "init_continuous_batching", "continuous_batching_context_manager")
+"""The methods that generate for many requests in one paged cache."""
+
 PREPARE_CACHE = "_prepare_cache_for_generation"
 """The method of ``generate`` that prepares the cache, where the length of the request is known."""
 
@@ -78,12 +84,12 @@ def given_cache(arguments: Mapping[str, Any]) -> Any:
     for name in CACHES:
         if arguments.get(name) is not None:
             return arguments[name]
-    return next(filter(_counts_tokens, arguments.values()), None)
+    return next(filter(is_cache, arguments.values()), None)
 
 
 def is_paged(cache: Any) -> bool:
     """Return whether the rows of all requests are one in a cache (continuous batching)."""
-    return not _counts_tokens(cache)
+    return not is_cache(cache)
 
 
 def with_cache_named(arguments: Mapping[str, Any], name: str | None) -> dict[str, Any]:
@@ -96,7 +102,7 @@ def with_cache_named(arguments: Mapping[str, Any], name: str | None) -> dict[str
     """
     renamed = dict(arguments)
     for other in CACHES:
-        if name is None or other == name or not _counts_tokens(renamed.get(other)):
+        if name is None or other == name or not is_cache(renamed.get(other)):
             continue
         cache = renamed.pop(other)
         if renamed.setdefault(name, cache) is None:
@@ -111,7 +117,7 @@ def output_cache(output: Any) -> Any:
     if not isinstance(output, Mapping | tuple):
         output = getattr(output, "__dict__", {})
     parts = output.values() if isinstance(output, Mapping) else output
-    return next(filter(_counts_tokens, parts), None)
+    return next(filter(is_cache, parts), None)
 
 
 def new_cache(config: Config) -> Any:
@@ -177,6 +183,12 @@ class GenerateRequest:
     config: Any
     arguments: Mapping[str, Any]
     length: int
+
+    @property
+    def positions(self) -> Tensor | None:
+        """The positions of the tokens so far; None where the model computes them in its call."""
+        positions = self.arguments.get("position_ids")
+        return positions if isinstance(positions, Tensor) else None
 
     @classmethod
     def is_known(cls, model_class: type) -> bool:
@@ -277,7 +289,7 @@ def set_attention_name(config: Config, name: str | None) -> None:
     config._attn_implementation = name
 
 
-def _counts_tokens(value: Any) -> bool:
+def is_cache(value: Any) -> bool:
     """Return whether a value is a cache that knows how many tokens it holds.
 
     By looking, since torch 2.11 cannot compile an import.

@@ -20,7 +20,8 @@ from hf_rope_ext.models.find import innermost_models
 from hf_rope_ext.models.smallest_call import arguments_for
 from hf_rope_ext.patching.probe import quiet
 from hf_rope_ext.rotary.extended import ExtendedRotary
-from hf_rope_ext.rotary.request_plan import RUNNING, Generation, row_lengths
+from hf_rope_ext.rotary.request_plan import row_lengths
+from hf_rope_ext.rotary.running import Generation, announce
 
 Seen = dict[tuple[str, str | None], tuple[Tensor, Scale]]
 """Frequencies and scaling of a call, by rotary module and layer type."""
@@ -90,11 +91,10 @@ def _prove(
     run: Callable[..., Any] = runner.forward if runner._compiled_call_impl else runner
     ids = arguments[tokens]
     name = host.cache_argument(runner.forward) or host.CACHES[0]
-    ahead = Generation(max_length=2 * trained, reports=False)
+    ahead = 2 * trained
 
-    def call(columns: slice, generation: Generation, **cached: Any) -> tuple[Any, Seen]:
-        RUNNING.generation = generation
-        with _watched(rotaries) as seen:
+    def call(columns: slice, length: int | None, **cached: Any) -> tuple[Any, Seen]:
+        with announce(Generation(length, reports=False)), _watched(rotaries) as seen:
             output = run(**_columns(arguments, ids.shape[:2], columns), **cached)
         return output, seen
 
@@ -106,9 +106,9 @@ def _prove(
         _, prefill = call(slice(0, 1), ahead, use_cache=True, **{name: cache})
         if not cache.get_seq_length() and not host.generates(runner):
             return  # it leaves the cache alone: every call is a request of its own
-    _, step = call(slice(1, 2), Generation(reports=False), use_cache=True, **{name: cache})
+    _, step = call(slice(1, 2), None, use_cache=True, **{name: cache})
     for rotary in rotaries:
-        last = torch.tensor([[2 * trained - 1]], device=next(rotary.buffers()).device)
+        last = torch.tensor([[ahead - 1]], device=next(rotary.buffers()).device)
         for key, label in rotary.names().items():
             planned = rotary.frequencies_at(key, row_lengths(last))
             for part, seen in {"full forward": full, "prefill": prefill, "step": step}.items():

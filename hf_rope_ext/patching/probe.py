@@ -16,8 +16,8 @@ from hf_rope_ext.models.sites import RopeSite
 from hf_rope_ext.models.smallest_call import arguments_for
 from hf_rope_ext.rotary.extended import ExtendedRotary
 from hf_rope_ext.rotary.extended_table import ExtendedTable
-from hf_rope_ext.rotary.request_plan import RUNNING
 from hf_rope_ext.rotary.rotation import Rotation
+from hf_rope_ext.rotary.running import Generation, announce
 from hf_rope_ext.rotary.vision_towers import pairs_by_axis, shape_position, tower_axes
 
 
@@ -175,12 +175,9 @@ def _poisoned(rotaries: Iterable[ExtendedRotary]) -> Iterator[None]:
 def quiet(device: torch.device) -> Iterator[None]:
     """Run without side effects: no gradients, same random state, outside any request."""
     devices = [device] if device.type == "cuda" else []
-    generation, RUNNING.generation = RUNNING.generation, None
-    try:
-        with torch.no_grad(), torch.random.fork_rng(devices=devices):
-            yield
-    finally:
-        RUNNING.generation = generation
+    nothing = announce(Generation())
+    with nothing, torch.no_grad(), torch.random.fork_rng(devices=devices):
+        yield
 
 
 class _Watch(TorchFunctionMode):

@@ -16,6 +16,7 @@ from hf_rope_ext.models.sites import RopeSite, read_sites
 from hf_rope_ext.patching.placed_index import PlacedIndex
 from hf_rope_ext.rotary.axes import axis_names
 from hf_rope_ext.rotary.installed import patch_of
+from hf_rope_ext.rotary.request_plan import row_lengths
 
 # from the name a processor uses to that of the family's position rule
 _RULE_NAMES = {
@@ -117,27 +118,15 @@ def request_length(model: nn.Module, *, max_new_tokens: int = 0, **inputs: Any) 
     elif positions.dim() == 2:
         positions = positions[None]
     # Qwen3-VL puts a row in front of its axes, a running count that builds masks
-    by_row = _largest(positions[-len(axes) :], mask, max_new_tokens)
-    largest = by_row.expand(len(axes)).tolist()
+    by_axis = [row_lengths(own, mask, max_new_tokens) for own in positions[-len(axes) :]]
+    largest = [int(lengths.max()) - 1 for lengths in by_axis]
+    largest = largest * (len(axes) // len(largest))  # one axis of text stands for all
     return RequestLength(
         tokens=tokens + max_new_tokens,
         positions=max(largest) + 1,
         trained=site.geometry.original_max_position_embeddings,
         largest=dict(zip(axes, largest, strict=True)) if len(axes) > 1 else {},
     )
-
-
-def _largest(positions: Tensor, mask: Tensor, max_new_tokens: int) -> Tensor:
-    """Return the largest unpadded position in each row of ``(axes, batch, seq)``.
-
-    `generate` continues after the last token, even if an earlier one has a larger position.
-    """
-    # rounded up, since `visual_positions` may place tokens at fractional positions
-    positions = torch.where(mask.bool(), positions, 0).ceil().long()
-    order = torch.arange(1, mask.shape[1] + 1, device=mask.device)
-    rows = torch.arange(len(mask), device=mask.device)
-    last = positions[:, rows, (mask * order).argmax(dim=1)]
-    return torch.maximum(positions.amax(dim=2), last + max_new_tokens).amax(dim=1)
 
 
 def position_rule(model: nn.Module, site: RopeSite) -> Any:

@@ -17,8 +17,9 @@ from torch import Tensor, nn
 from hf_rope_ext.geometry import Scale
 from hf_rope_ext.models.host import mrope_section
 from hf_rope_ext.rotary.per_head import PerHead
-from hf_rope_ext.rotary.request_plan import RUNNING, row_lengths
+from hf_rope_ext.rotary.request_plan import row_lengths
 from hf_rope_ext.rotary.rotation import Rotation
+from hf_rope_ext.rotary.running import RUNNING, innermost
 
 
 class ExtendedRotary(nn.Module):
@@ -38,6 +39,8 @@ class ExtendedRotary(nn.Module):
 
     original: Any
     attention_scaling: float
+    planner: object = None
+    """Who plans the requests of its text model, for length-dependent methods."""
 
     def __init__(
         self,
@@ -124,6 +127,9 @@ class ExtendedRotary(nn.Module):
         """Run the family's own ``forward`` with these frequencies."""
         if position_ids is not None:
             position_ids = self.shape_positions(position_ids)
+            rows = frequencies.shape[0] if frequencies.ndim > 2 else 1
+            if rows > 1 and position_ids.shape[-2] == 1:  # all rows have the same positions
+                position_ids = position_ids.expand(*position_ids.shape[:-2], rows, -1)
             if frequencies.ndim > 2 and not self.takes_rows:
                 return self._run_by_row(label, frequencies, scaling, x, position_ids, *layer_type)
         original = self.__dict__["original"]
@@ -198,7 +204,7 @@ class ExtendedRotary(nn.Module):
             return rotation.plan_for(
                 self._stock_length(rotation, position_ids), *self._trained_plan(label)
             )
-        call = RUNNING.call
+        call = innermost(RUNNING.call, self.planner)
         if call is None:
             return rotation.plan_for(row_lengths(position_ids), *self._trained_plan(label))
         lengths = call.record_positions(position_ids)

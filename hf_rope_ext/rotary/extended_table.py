@@ -40,8 +40,8 @@ class ExtendedTable(ExtendedRotary):
 
     def forward(  # type: ignore[override]
         self, shape: torch.Size, past_key_values_length: int = 0, position_ids: Tensor | None = None
-    ) -> Tensor:
-        """Return rows like RoFormer's positional embedding, ``(seq, rotary_dim)``.
+    ) -> "_ByRow":
+        """Return rows like RoFormer's positional embedding, but for each row of the batch.
 
         Args:
             shape: Shape of the input, ``(batch, seq)``.
@@ -51,7 +51,7 @@ class ExtendedTable(ExtendedRotary):
         if position_ids is None:
             start = past_key_values_length
             position_ids = torch.arange(start, start + shape[1], device=self.device)
-        return self.rows(position_ids[None])[0]
+        return _ByRow(self.rows(position_ids[None]))
 
     def __getitem__(self, position_ids: Tensor) -> Tensor:
         """Return rows like indexing CodeGen's table."""
@@ -87,3 +87,17 @@ class ExtendedTable(ExtendedRotary):
     def _stock_table(self) -> Tensor:
         original = self.__dict__["original"]
         return original.weight if isinstance(original, nn.Embedding) else original
+
+
+class _ByRow:
+    """Sines and cosines ``(batch, seq, rotary_dim)`` where ``(seq, rotary_dim)`` is expected.
+
+    RoFormer puts two axes in front of them, for rows and heads.
+    """
+
+    def __init__(self, rows: Tensor) -> None:
+        self.rows = rows
+
+    def __getitem__(self, axes: Any) -> Tensor:
+        """Return them as ``(batch, 1, seq, rotary_dim)``."""
+        return self.rows[:, None]

@@ -1,14 +1,14 @@
 """Plans of requests: which length decides the frequencies of a length-dependent method.
 
-A call without a cache is a request of its own: the length of each row is its largest position + 1,
-whatever else is in the batch. A cache keeps one plan for all its tokens, because the keys and
-values of deeper layers come from hidden states computed under it: `generate` knows its last
-position in advance, a cache of fixed size knows its size, and only a hand-written loop can outgrow
-its plan. Plans live on their cache and on the running call, never on a module.
+A call without a cache is a request of its own: the length of each row is the largest position of
+its tokens + 1, without padding and whatever else is in the batch. A cache keeps one plan for all
+its tokens, because the keys and values of deeper layers come from hidden states computed under it:
+`generate` knows its last position in advance, a cache of fixed size knows its size, and only a
+hand-written loop can outgrow its plan. Plans live on their cache and on the running call, never on
+a module.
 """
 
 import math
-import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields
 from typing import Any
@@ -17,9 +17,9 @@ import torch
 from torch import Tensor
 
 from hf_rope_ext.checks import require_choice, require_number
-from hf_rope_ext.errors import MethodParameterError
+from hf_rope_ext.errors import MethodParameterError, RopeError
 from hf_rope_ext.geometry import Scale
-from hf_rope_ext.models.host import output_cache
+from hf_rope_ext.models.host import is_cache, output_cache, self_attention_cache
 
 ON_GROWTH = ("rerotate", "error", "freeze")
 GROWTH = 1.1
@@ -86,7 +86,7 @@ class RequestPolicy:
         return max(tokens, math.ceil(trained * step**steps))
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, slots=True)  # without a __dict__, exporters that walk a cache leave it alone
 class CachePlan:
     """The plan of one request, kept on its cache.
 
@@ -100,8 +100,10 @@ class CachePlan:
         positions: Positions of all cached tokens as passed to the rotary embedding; None where
             growth does not need them.
         frequencies: Frequencies and scaling by rotary module and layer type, computed on first use.
-        has_images: Whether position axes have ever differed, a boolean scalar tensor; None where
-            there is one axis.
+        content: What the cache was filled with beside token ids, by argument: the number of
+            values and the fingerprint of each tensor, in order.
+        unknown: Number of tokens it held before the plan was made, at unknown positions.
+        is_compiled: Whether it was made in compiled code, which cannot let it follow the rows.
     """
 
     method: str
@@ -111,93 +113,15 @@ class CachePlan:
     lengths: Tensor | None = None
     positions: Tensor | None = None
     frequencies: dict[str, tuple[Tensor, Scale]] = field(default_factory=dict)
-    has_images: Tensor | None = None
+    content: dict[str, list[tuple[int, Tensor]]] = field(default_factory=dict)
+    unknown: int = 0
+    is_compiled: bool = False
 
     def report(self) -> "RequestPlan":
         """Return its public form."""
         assert self.lengths is not None, "before the first call"
         lengths = self.policy.round_up(self.lengths, self.trained)
         return RequestPlan(self.method, lengths.flatten(), self.trained)
-
-
-@dataclass(eq=False)
-class Call:
-    """A running forward of a text model.
-
-    Args:
-        plan: The plan of its request.
-        seen: Number of tokens in the cache before this call.
-        ahead: Number of positions beyond this call that the plan covers.
-        size: Capacity of a cache of fixed size in positions, None for other caches.
-        records: Whether to record positions, for growth.
-        outer: The call it is nested in.
-        is_new: Whether the plan is made in this call.
-        is_noted: Whether its positions have been recorded.
-        owner: The planner that began it.
-    """
-
-    plan: CachePlan
-    seen: int = 0
-    ahead: int = 0
-    size: int | None = None
-    records: bool = False
-    outer: "Call | None" = None
-    is_new: bool = True
-    is_noted: bool = False
-    owner: object = None
-
-    def record_positions(self, position_ids: Tensor) -> Tensor:
-        """Record the positions of the call; the first rotary embedding that gets them does this.
-
-        Returns:
-            The planned length of each row, ``(batch or 1, 1, 1)``.
-        """
-        plan = self.plan
-        if plan.lengths is None:
-            plan.lengths = row_lengths(position_ids) + self.ahead
-            if self.size is not None:  # a video can take more positions than tokens
-                plan.lengths = plan.lengths.clamp(min=self.size)
-        if position_ids.ndim == 3 and position_ids.shape[-1] > 1 and not self.is_noted:
-            differ = (position_ids != position_ids[:1]).any()
-            plan.has_images = differ if plan.has_images is None else plan.has_images | differ
-        if self.records and not self.is_noted:
-            past = plan.positions
-            if past is None or self.seen == 0:
-                plan.positions = position_ids
-            else:
-                # one row may stand for all rows, and one axis for all axes
-                shape = (*torch.broadcast_shapes(past.shape[:-1], position_ids.shape[:-1]), -1)  # type: ignore[no-untyped-call]
-                both = (past[..., : self.seen].expand(shape), position_ids.expand(shape))
-                plan.positions = torch.cat(both, dim=-1)
-        self.is_noted = True
-        return plan.lengths
-
-
-@dataclass
-class Generation:
-    """A running ``generate``.
-
-    Args:
-        max_length: Final number of tokens of the longest row; None until it is known.
-        input_ids: Its prompt, ``(batch, seq)``, if it has one.
-        outer: The one it is nested in, such as that of the model an assistant drafts for.
-        reports: Whether its plans are reported to ``on_plan``.
-    """
-
-    max_length: int | None = None
-    input_ids: Tensor | None = None
-    outer: "Generation | None" = None
-    reports: bool = True
-
-
-class _Running(threading.local):
-    """The call and the generation that are running in this thread."""
-
-    call: Call | None = None
-    generation: Generation | None = None
-
-
-RUNNING = _Running()
 
 
 @dataclass(frozen=True, eq=False)
@@ -222,8 +146,8 @@ class RequestPlan:
 
 
 def plan_of(cache: Any) -> CachePlan | None:
-    """Return the plan on a cache; None if there is none."""
-    return getattr(cache, "hf_rope_ext_plan", None)
+    """Return the plan on a cache, or on its self-attention part; None if there is none."""
+    return getattr(self_attention_cache(cache), "hf_rope_ext_plan", None)
 
 
 def request_plan(held: Any) -> RequestPlan | None:
@@ -235,23 +159,44 @@ def request_plan(held: Any) -> RequestPlan | None:
 
     Returns:
         None where no plan was made.
+
+    Raises:
+        RopeError: If it is neither.
     """
-    plan = plan_of(held) or plan_of(output_cache(held))
+    cache = held if is_cache(held) else output_cache(held)
+    if cache is None:
+        raise RopeError(
+            f"request_plan takes a cache, or a model's output with one (use_cache=True), got "
+            f"{type(held).__name__}."
+        )
+    plan = plan_of(cache)
     return None if plan is None or plan.lengths is None else plan.report()
 
 
-def row_lengths(position_ids: Tensor) -> Tensor:
-    """Return the length of each row, in positions.
+def row_lengths(position_ids: Tensor, mask: Tensor | None = None, ahead: int = 0) -> Tensor:
+    """Return the final length of each row, in positions: the one rule for every kind of request.
 
     Args:
-        position_ids: ``(batch, seq)``, or ``(axes, batch, seq)`` for M-RoPE, where the length is
-            the largest position over all axes.
+        position_ids: ``(batch or 1, seq)``, or ``(axes, batch or 1, seq)`` for M-RoPE, where the
+            length is the largest position over all axes.
+        mask: Which tokens count, ``(batch, seq)``, nonzero for all but padding; None if all do.
+        ahead: Number of tokens to come. Each continues from the one before it, even where an
+            earlier one has a larger position.
 
     Returns:
         Float64 (float32 where the device has no float64), shape ``(batch, 1, 1)``.
     """
-    if position_ids.ndim == 3:
-        position_ids = position_ids.amax(dim=0)
-    longest = position_ids.amax(dim=-1) + 1
-    precise = torch.float32 if longest.device.type == "mps" else torch.float64
-    return longest.to(precise).reshape(-1, 1, 1)
+    precise = torch.float32 if position_ids.device.type == "mps" else torch.float64
+    # rounded up, since `visual_positions` may place tokens at fractional positions
+    places = position_ids.ceil().to(precise)
+    if places.ndim == 3:
+        places = places.amax(dim=0)
+    if mask is None:
+        longest, last = places.amax(dim=-1), places[..., -1]
+    else:
+        counts = mask.to(places.device) != 0
+        places = places.masked_fill(~counts, -1.0)
+        longest = places.amax(dim=-1)
+        order = torch.arange(1, counts.shape[-1] + 1, device=places.device)
+        last = places.gather(-1, (counts * order).argmax(dim=-1, keepdim=True))[..., 0]
+    return (torch.maximum(longest, last + ahead) + 1).reshape(-1, 1, 1)

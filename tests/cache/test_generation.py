@@ -10,7 +10,7 @@ from decoding import CACHE, FAMILIES, dynamic, frozen, greedy, text, vision_lang
 from method_knobs import PER_REQUEST, knobs
 from transformers import DynamicCache
 
-from hf_rope_ext import RopeError, patch_model, planned, request_plan, unpatch_model
+from hf_rope_ext import patch_model, planned, request_plan, unpatch_model
 from hf_rope_ext.methods import make_method
 from hf_rope_ext.models.sites import read_sites
 
@@ -209,13 +209,15 @@ def test_a_prefix_within_the_trained_length_is_kept():
     assert torch.equal(found, greedy(tiny_llama(), ids, 20))
 
 
-def test_a_chunk_of_nothing_but_padding_is_refused():
+def test_a_chunk_of_nothing_but_padding_is_planned_from_the_whole_prompt():
     batch = text(2, 60)
     mask = torch.ones_like(batch)
     mask[1, :40] = 0
 
-    with pytest.raises(RopeError, match="prefill_chunk_size=16 gives a row"):
-        greedy(dynamic(), batch, 10, attention_mask=mask, prefill_chunk_size=16)
+    model = dynamic()
+    expected = greedy(model, batch, 10, attention_mask=mask)
+    found = greedy(model, batch, 10, attention_mask=mask, prefill_chunk_size=16)
+    assert torch.equal(found, expected)
 
 
 @pytest.mark.parametrize("method", PER_REQUEST)
