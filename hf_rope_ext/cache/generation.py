@@ -187,16 +187,15 @@ def planned(max_length: int) -> Iterator[None]:
 
 def _prepare(generation: Generation, request: host.GenerateRequest) -> None:
     """Record the length of a request, and make sure that a cache passed in can serve it."""
-    # an assistant drafts no further than the model it drafts for
-    outer = generation.outer
-    drafts = outer is not None and not outer.models.isdisjoint(generation.models - {id(None)})
-    drafted = outer.max_length if outer is not None and drafts else None
-    length = max(request.length, drafted or 0)
     cache = host.given_cache(request.arguments)
     plan = plan_of(cache)
     seen = 0 if cache is None else int(host.self_attention_cache(cache).get_seq_length())
-    if seen and not request.has_whole_text(generation.input_ids):
-        length += seen
+    has_whole_text = request.has_whole_text(generation.input_ids)
+    length = request.length + (0 if has_whole_text else seen)
+    outer = generation.outer
+    if outer is not None and (not outer.models or outer.models & generation.models - {id(None)}):
+        # in a block of `planned`; or an assistant, which drafts for the model that called it
+        length = max(length, outer.max_length or 0)
     generation.max_length = length
     generation.lengths = lengths = _final_lengths(generation, request, length)
     chunk, mask = request.config.prefill_chunk_size, request.arguments.get("attention_mask")
@@ -213,9 +212,7 @@ def _prepare(generation: Generation, request: host.GenerateRequest) -> None:
         if lengths is not None and plan.lengths is not None:
             known = plan.lengths.to(lengths.device).clamp(min=plan.trained)
             outgrows = bool((lengths > known).any())
-        can_refill_all = request.has_whole_text(generation.input_ids) and can_refill(
-            plan, request.arguments
-        )
+        can_refill_all = has_whole_text and can_refill(plan, request.arguments)
         if outgrows and can_refill_all:
             host.empty_cache(cache)  # refilled from the whole text: a longer plan, which is exact
         generation.outgrows = outgrows and not can_refill_all

@@ -6,7 +6,7 @@ what it was filled with beside token ids, since ids cannot give that back.
 """
 
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -48,8 +48,10 @@ class Keep:
         if plan is None:
             return
         for name, value in given.arguments.items():
-            if is_content(name, value):
-                plan.content.setdefault(name, []).append(_fingerprint(value))
+            numbers = _content(name, value)
+            if numbers is not None:
+                known = plan.content.setdefault(name, [])
+                known.append((len(numbers), _fingerprint(numbers)))
 
 
 def padding_mask(given: Given | None, *, decodes: bool) -> Tensor | None:
@@ -66,33 +68,50 @@ def padding_mask(given: Given | None, *, decodes: bool) -> Tensor | None:
     return mask if isinstance(mask, Tensor) and mask.ndim == 2 else None
 
 
-def is_content(name: str, value: Any) -> bool:
-    """Return whether an argument holds what ids, masks and positions cannot give back."""
-    is_numbers = isinstance(value, Tensor) and value.is_floating_point()
-    return is_numbers and not name.endswith(("mask", "position_ids", "labels"))
-
-
 def can_refill(plan: CachePlan, arguments: Mapping[str, Any]) -> bool:
     """Return whether the arguments of a request hold all that a cache was filled with."""
     return all(
-        isinstance(arguments.get(name), Tensor) and _starts_with(arguments[name], known)
+        _starts_with(_content(name, arguments.get(name)), known)
         for name, known in plan.content.items()
     )
 
 
-def _starts_with(value: Tensor, known: Sequence[tuple[int, Tensor]]) -> bool:
-    numbers = value.flatten()
+def _content(name: str, value: Any) -> Tensor | None:
+    """Return the numbers in an argument that ids, masks and positions cannot give back.
+
+    What comes from an encoder is part of every request, and not of its text.
+    """
+    if name.startswith("encoder_") or name.endswith(("mask", "position_ids", "labels")):
+        return None
+    numbers = list(_numbers(value))
+    return torch.cat(numbers) if numbers else None
+
+
+def _numbers(value: Any) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        if value.is_floating_point():
+            yield value.detach().flatten()
+    elif isinstance(value, Mapping):
+        for part in value.values():
+            yield from _numbers(part)
+    elif isinstance(value, tuple | list):
+        for part in value:
+            yield from _numbers(part)
+
+
+def _starts_with(numbers: Tensor | None, known: Sequence[tuple[int, Tensor]]) -> bool:
     for size, fingerprint in known:
+        if numbers is None or len(numbers) < size:
+            return False
         part, numbers = numbers[:size], numbers[size:]
-        if len(part) < size or not torch.equal(_fingerprint(part)[1], fingerprint):
+        if not torch.equal(_fingerprint(part), fingerprint):
             return False
     return True
 
 
-def _fingerprint(value: Tensor) -> tuple[int, Tensor]:
-    """Return the number of values and two sums over them, which stay on the device."""
-    numbers = value.detach().flatten()
+def _fingerprint(numbers: Tensor) -> Tensor:
+    """Return two sums over numbers, which stay on the device."""
     precise = torch.float32 if numbers.device.type == "mps" else torch.float64
     numbers = numbers.to(precise)
     order = torch.arange(1, len(numbers) + 1, device=numbers.device, dtype=precise).sqrt()
-    return len(numbers), torch.stack([numbers.sum(), numbers @ order])
+    return torch.stack([numbers.sum(), numbers @ order])

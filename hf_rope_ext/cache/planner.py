@@ -236,7 +236,7 @@ class Planner:
         Args:
             cache: The cache that it fills, if any.
             asked: The call.
-            seen: Number of tokens in the cache that are not rotated.
+            seen: Number of tokens that the cache already holds.
         """
         generation, limit = asked.generation, asked.limit
         own = None if cache is None else host.self_attention_cache(cache)
@@ -269,7 +269,9 @@ class Planner:
             RopeError: If its keys may be rotated by other angles than those of the request.
         """
         if is_learned(cache):
-            return self._first(cache, asked, seen)
+            call = self._first(cache, asked, seen)
+            call.plan.learned = seen
+            return call
         if self.axes > 1 or max(asked.limit or 0, seen + asked.tokens) > self.trained:
             raise _unknown(self.method, seen)
         # within the trained length every plan is that of the unpatched model
@@ -283,29 +285,21 @@ class Planner:
         """Extend the plan of a cache and rotate its keys accordingly."""
         generation, limit, needed = asked.generation, asked.limit, seen + asked.tokens
         if plan.policy.on_growth == "error":
+            more = f"{max(limit or 0, needed)}"
+            if asked.positions is not None:
+                last = row_lengths(self._own_axes(asked.positions), asked.mask_after(seen)).max()
+                more += f", at positions up to {int(last) - 1}"
             raise RopeError(
                 f"the cache was planned for {plan.capacity} tokens under {self.method}, and this "
-                f"call needs {max(limit or 0, needed)}, or positions beyond; nothing was changed. "
-                f"Run the loop in `planned(max_length)`, fill a new cache with all tokens, or "
-                f"patch with on_growth='rerotate'."
+                f"call needs room for {more}; nothing was changed. Run the loop in "
+                f"`planned(max_length)`, fill a new cache with all tokens, or patch with "
+                f"on_growth='rerotate'."
             )
         if plan.unknown:
             raise _unknown(self.method, plan.unknown)
-        assert plan.lengths is not None
         assert plan.positions is not None
         plan.positions = plan.positions[..., :seen]  # the cache may have been cropped
-        capacity = max(limit, needed) if limit else plan.policy.grow(needed, self.trained)
-        capacity = max(capacity, plan.capacity)
-        lengths = generation.lengths if generation is not None else None
-        if lengths is None:
-            positions = asked.positions
-            if positions is None:
-                steps = torch.arange(1, asked.tokens + 1, device=plan.positions.device)
-                positions = plan.positions[..., -1:] + steps
-            lengths = row_lengths(
-                self._own_axes(positions), asked.mask_after(seen), capacity - needed
-            )
-        lengths = torch.maximum(lengths.to(plan.lengths.device), plan.lengths)
+        lengths, capacity = self._longer(plan, asked, seen)
         frequencies = {
             key: rotary.frequencies_at(key, lengths)
             for rotary in self.rotaries
@@ -319,6 +313,26 @@ class Planner:
         plan.frequencies, plan.lengths, plan.capacity = frequencies, lengths, capacity
         if generation is not None:
             generation.outgrows = False
+
+    def _longer(self, plan: CachePlan, asked: _Asked, seen: int) -> tuple[Tensor, int]:
+        """Return the row lengths and the capacity of a plan that has room for a call."""
+        assert plan.lengths is not None
+        assert plan.positions is not None
+        generation, limit, needed = asked.generation, asked.limit, seen + asked.tokens
+        if generation is not None and generation.lengths is not None:
+            lengths = generation.lengths.to(plan.lengths.device)
+            return torch.maximum(lengths, plan.lengths), max(limit or 0, needed)
+        positions, mask = asked.positions, asked.mask_after(seen)
+        if positions is None:
+            steps = torch.arange(1, asked.tokens + 1, device=plan.positions.device)
+            positions = plan.positions[..., -1:] + steps
+        positions = self._own_axes(positions)
+        now = row_lengths(positions, mask).to(plan.lengths.device)
+        if limit:
+            longer = row_lengths(positions, mask, max(limit - needed, 0)).to(now.device)
+            return torch.maximum(longer, plan.lengths), max(limit, needed)
+        lengths = torch.maximum(plan.policy.grow(now, self.trained), plan.lengths)
+        return lengths, needed + int((lengths - now).min())
 
 
 class Repeat:

@@ -132,7 +132,10 @@ def _turn(
     )
     if rotation.is_scaled:
         turned = turned * (ratio[..., None].to(device) if isinstance(ratio, Tensor) else ratio)
-    return torch.where(rotation.turns.to(device), turned, numbers).to(held.dtype)
+    total = plan.positions.shape[-1]
+    is_rotated = torch.arange(total - held.shape[-2], total, device=device) >= plan.learned
+    turns = rotation.turns.to(device) & is_rotated[:, None]
+    return torch.where(turns, turned, numbers).to(held.dtype)
 
 
 def read_layout(model: nn.Module, rotaries: list[ExtendedRotary]) -> KeyLayout:

@@ -3,7 +3,7 @@
 A vision-language model stores on itself the difference between positions and tokens
 (``rope_deltas``) and uses it in every later call that adds to a cache, whichever request filled
 that cache. In a patched model this note belongs to the cache: each call sees the note of its own
-cache, or none, as a freshly loaded model would.
+cache, or none, as a freshly loaded model would. A value that was set by hand stays.
 """
 
 import inspect
@@ -38,6 +38,17 @@ class PositionNotes:
     def __init__(self, model: nn.Module) -> None:
         self.parameters = tuple(inspect.signature(model.forward).parameters)
         self.cache_name = host.cache_argument(model.forward)
+        self.left = _noted(model)  # what earlier calls have left on the model, and nobody set
+
+    def restore(self, module: nn.Module, cache: Any) -> None:
+        """Put the note of a cache in place of what another request has left."""
+        note: Mapping[str, Any] = {}
+        if cache is not None and int(cache.get_seq_length()):
+            note = getattr(cache, "hf_rope_ext_note", {})
+        for name, value in _noted(module).items():
+            if value is self.left.get(name):
+                setattr(module, name, note.get(name))
+        self.left = {**self.left, **note}
 
     def recall(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]
@@ -51,7 +62,7 @@ class PositionNotes:
         arguments = {**dict(zip(self.parameters, args, strict=False)), **kwargs}
         if arguments.get("position_ids") is None:
             _PREPARED.model = None
-            _recall(module, host.given_cache(arguments))
+            self.restore(module, host.given_cache(arguments))
         return args, kwargs
 
     def keep(
@@ -60,6 +71,7 @@ class PositionNotes:
         """Store the note of a call on its cache (forward hook)."""
         arguments = {**dict(zip(self.parameters, args, strict=False)), **kwargs}
         prepared, _PREPARED.model = _PREPARED.model is module, None
+        self.left = _noted(module)
         if arguments.get("position_ids") is None:
             note = _noted(module)
         elif prepared:
@@ -79,18 +91,21 @@ class PreparePositions(StandIn):
     Args:
         model: The model that generates.
         inner: The model that keeps the note.
+        notes: Its hooks.
     """
 
     name = host.PREPARE_POSITIONS
 
-    def __init__(self, model: nn.Module, inner: nn.Module) -> None:
+    def __init__(self, model: nn.Module, inner: nn.Module, notes: PositionNotes) -> None:
         super().__init__(model)
         self.inner = inner
+        self.notes = notes
 
     def __call__(self, inputs: Any, model_kwargs: Mapping[str, Any]) -> Any:
         """Prepare the positions under the note of the cache that is passed in."""
-        _recall(self.inner, host.given_cache(model_kwargs))
+        self.notes.restore(self.inner, host.given_cache(model_kwargs))
         result = self.stock(inputs, model_kwargs)
+        self.notes.left = _noted(self.inner)
         _PREPARED.model, _PREPARED.note = self.inner, _noted(self.inner)
         return result
 
@@ -115,17 +130,8 @@ def note_changes(model: nn.Module, swaps: Sequence[SwapRotary]) -> list[Change]:
                 continue
             if PreparePositions.name not in vars(outer) and inner in set(outer.modules()):
                 prepared.add(outer)
-                changes.append(PreparePositions(outer, inner).change())
+                changes.append(PreparePositions(outer, inner, notes).change())
     return changes
-
-
-def _recall(module: nn.Module, cache: Any) -> None:
-    note: Mapping[str, Any] = {}
-    if cache is not None and int(cache.get_seq_length()):
-        note = getattr(cache, "hf_rope_ext_note", {})
-    for name in host.POSITION_NOTES:
-        if hasattr(module, name):
-            setattr(module, name, note.get(name))
 
 
 def _noted(module: nn.Module) -> Mapping[str, Any]:

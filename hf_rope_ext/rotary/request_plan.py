@@ -79,11 +79,11 @@ class RequestPolicy:
         steps = (torch.log(lengths / trained) / math.log(self.buckets) - 1e-6).ceil()
         return torch.where(lengths > trained, trained * self.buckets**steps, lengths)
 
-    def grow(self, tokens: int, trained: int) -> int:
-        """Return the new capacity of a cache that must hold ``tokens``: the next geometric step."""
+    def grow(self, lengths: Tensor, trained: int) -> Tensor:
+        """Return lengths that a loop may grow to next: the next geometric step of each."""
         step = self.buckets or GROWTH
-        steps = math.ceil(math.log(max(tokens / trained, 1.0)) / math.log(step) - 1e-6)
-        return max(tokens, math.ceil(trained * step**steps))
+        steps = (torch.log((lengths / trained).clamp(min=1)) / math.log(step) - 1e-6).ceil()
+        return torch.maximum(lengths, (trained * step**steps).ceil())
 
 
 @dataclass(eq=False, slots=True)  # without a __dict__, exporters that walk a cache leave it alone
@@ -103,6 +103,7 @@ class CachePlan:
         content: What the cache was filled with beside token ids, by argument: the number of
             values and the fingerprint of each tensor, in order.
         unknown: Number of tokens it held before the plan was made, at unknown positions.
+        learned: Number of learned keys at its start, which are not rotated.
         is_compiled: Whether it was made in compiled code, which cannot let it follow the rows.
     """
 
@@ -115,6 +116,7 @@ class CachePlan:
     frequencies: dict[str, tuple[Tensor, Scale]] = field(default_factory=dict)
     content: dict[str, list[tuple[int, Tensor]]] = field(default_factory=dict)
     unknown: int = 0
+    learned: int = 0
     is_compiled: bool = False
 
     def report(self) -> "RequestPlan":

@@ -65,7 +65,7 @@ class Call:
                 plan.lengths = plan.lengths.clamp(min=self.size)
         if self.records and not self.is_noted:
             past = plan.positions
-            if past is None and self.seen:  # a learned prefix, whose keys are not rotated
+            if past is None and self.seen:  # a learned prefix
                 past = position_ids.new_zeros(*position_ids.shape[:-1], self.seen)
             if past is None or self.seen == 0:
                 plan.positions = position_ids

@@ -51,7 +51,7 @@ def test_rerotation_turns_each_row_and_its_padding_by_their_own_positions():
             caches.append(grown[CACHE])
     found, wanted = caches
 
-    assert request_plan(found).lengths.tolist() == [104, 34]
+    assert request_plan(found).lengths.tolist() == [104, 64]
     assert request_plan(wanted).lengths.tolist() == [300, 230]
     again = dynamic()
     with planned(104), torch.no_grad():
@@ -61,7 +61,7 @@ def test_rerotation_turns_each_row_and_its_padding_by_their_own_positions():
 
 def test_rerotation_turns_an_image_by_its_own_axes():
     grown, expected = [], []
-    for capacity, kept in ((None, grown), (86, expected)):
+    for capacity, kept in ((None, grown), (83, expected)):
         model = zoo.build("qwen2_vl")
         inputs = vision_language_inputs(model, words=60)
         patch_model(model, "dynamic_yarn", factor=4)
@@ -71,7 +71,7 @@ def test_rerotation_turns_an_image_by_its_own_axes():
         kept.append(cache)
     (found,), (wanted,) = grown, expected
 
-    assert request_plan(found).lengths.tolist() == request_plan(wanted).lengths.tolist() == [74]
+    assert request_plan(found).lengths.tolist() == request_plan(wanted).lengths.tolist() == [71]
     assert relative(found.layers[0].keys, wanted.layers[0].keys) < 1e-5
 
 

@@ -449,7 +449,7 @@ def test_a_later_call_may_have_more_positions_than_tokens():
 @pytest.mark.parametrize(
     ("settings", "room", "message"),
     [
-        ({"on_growth": "error"}, None, r"this call needs positions up to 156"),
+        ({"on_growth": "error"}, None, r"this call needs room for 30, at positions up to 155"),
         ({}, 100, r"go beyond those that the cache of fixed size was planned for"),
     ],
 )

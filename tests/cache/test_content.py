@@ -1,0 +1,196 @@
+"""A cache that holds what token ids cannot give back, or what nobody rotated."""
+
+import pytest
+import torch
+import zoo
+import zoo_images
+from conftest import TRAINED, relative, tiny_llama
+from decoding import CACHE, dynamic, frozen, greedy, text
+from peft import (
+    PrefixTuningConfig,
+    PromptEncoderConfig,
+    PromptTuningConfig,
+    get_peft_model,
+)
+from transformers import CLIPVisionConfig, LlavaConfig, LlavaForConditionalGeneration
+
+from hf_rope_ext import patch_model, planned, request_plan
+
+IMAGE = 7
+VIRTUAL = 40
+
+
+def llava(trained=TRAINED):
+    vision = CLIPVisionConfig(
+        hidden_size=32, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2,
+        image_size=16, patch_size=8, projection_dim=32,
+    )  # fmt: skip
+    words = tiny_llama(max_position_embeddings=trained).config
+    torch.manual_seed(0)
+    towers = {"vision_config": vision, "text_config": words}
+    config = LlavaConfig(**towers, image_token_index=IMAGE, vision_feature_layer=-1)
+    return LlavaForConditionalGeneration(config).eval()
+
+
+def chat(seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.cat((text(1, 4), torch.full((1, 4), IMAGE), text(1, 4, seed=2)), dim=1)
+    return {"input_ids": ids, "pixel_values": torch.randn(1, 3, 16, 16, generator=generator)}
+
+
+def turns(model, first, **second):
+    """The scores of a second turn on the cache of the first."""
+    settings = {"max_new_tokens": 4, "min_new_tokens": 4, "do_sample": False}
+    settings |= {"suppress_tokens": [IMAGE], "return_dict_in_generate": True, "output_logits": True}
+    out = model.generate(**first, **settings)
+    ids = torch.cat((out.sequences, text(1, 20, seed=3)), dim=1)
+    final = model.generate(ids, **{CACHE: out[CACHE]}, **settings, **second)
+    return torch.stack(final.logits), out.sequences, final[CACHE]
+
+
+def test_a_longer_chat_does_not_forget_its_image():
+    model = dynamic(model=llava(trained=16))
+    scores, written = zip(*(turns(model, chat(seed))[:2] for seed in (0, 1)), strict=True)
+    assert torch.equal(written[0][:, :12], written[1][:, :12])
+    assert relative(scores[0][0], scores[1][0]) > 0.1
+
+
+def test_a_longer_chat_with_the_same_image_passed_again_is_filled_again():
+    model, twin = dynamic(model=llava(trained=16)), llava(trained=16)
+    first = chat()
+
+    found, ids, cache = turns(model, first, pixel_values=first["pixel_values"])
+
+    assert request_plan(cache).lengths.item() == 40
+    whole = {**first, "input_ids": torch.cat((ids, text(1, 20, seed=3)), dim=1)}
+    frozen("dynamic_yarn", 40, model=twin)
+    with torch.no_grad():
+        assert relative(found[0], twin(**whole).logits[:, -1]) < 2e-5
+
+
+def test_a_new_image_does_not_stand_for_the_first():
+    model = dynamic(model=llava(trained=16))
+    first = chat()
+    settings = {"max_new_tokens": 4, "suppress_tokens": [IMAGE], "return_dict_in_generate": True}
+    out = model.generate(**first, **settings, do_sample=False)
+    keys = out[CACHE].layers[0].keys.clone()
+    second = torch.cat((out.sequences, chat()["input_ids"]), dim=1)
+
+    new = {"pixel_values": chat(1)["pixel_values"], CACHE: out[CACHE]}
+    model.generate(second, **new, **settings, do_sample=False)
+
+    assert request_plan(out[CACHE]).lengths.item() == 32
+    fresh = dynamic(model=llava(trained=16))
+    with torch.no_grad(), planned(32):
+        expected = fresh(**first, use_cache=True)[CACHE].layers[0].keys
+    assert not torch.equal(keys[:, :, :12], out[CACHE].layers[0].keys[:, :, :12])
+    assert relative(out[CACHE].layers[0].keys[:, :, :12], expected) < 2e-5
+
+
+LEARNED = {
+    "prompt": PromptTuningConfig,
+    "p-tuning": PromptEncoderConfig,
+    "prefix": PrefixTuningConfig,
+}
+
+
+def learned(kind, patch_first, method="dynamic_yarn", **settings):
+    """A model with virtual tokens, and one with the plan of a request frozen."""
+    extra = {"encoder_hidden_size": 16} if kind == "p-tuning" else {}
+    config = LEARNED[kind](task_type="CAUSAL_LM", num_virtual_tokens=VIRTUAL, **extra)
+    base = tiny_llama()
+    base.generation_config.eos_token_id = None
+    if patch_first:
+        patch_model(base, method, factor=8, **settings)
+    model = get_peft_model(base, config).eval()
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for own in model.prompt_encoder.parameters():
+            own.copy_(torch.randn(own.shape, generator=generator) * 0.3)
+    if not patch_first and method is not None:
+        patch_model(model, method, factor=8, **settings)
+    return model
+
+
+def greedy_without_cache(model, ids, new, length):
+    for _ in range(new):
+        with torch.no_grad(), planned(length):
+            scores = model(input_ids=ids).logits
+        ids = torch.cat((ids, scores[:, -1:].argmax(-1)), dim=1)
+    return ids
+
+
+@pytest.mark.filterwarnings("ignore:Position ids are not supported", "ignore:Both `past_key_values")
+@pytest.mark.filterwarnings("ignore:.past_key_values. is deprecated:FutureWarning")
+@pytest.mark.parametrize("patch_first", [True, False], ids=["patch-peft", "peft-patch"])
+@pytest.mark.parametrize("kind", LEARNED)
+@pytest.mark.parametrize("prompt", [10, 60])
+def test_virtual_tokens_count_as_length(kind, patch_first, prompt):
+    plans = []
+    model = learned(kind, patch_first, on_plan=plans.append)
+    twin = learned(kind, patch_first=False)
+    ids, length = text(1, prompt), prompt + 20 + VIRTUAL
+
+    found = model.generate(input_ids=ids, max_new_tokens=20, do_sample=False)
+
+    assert [plan.lengths.tolist() for plan in plans] == [[length]]
+    assert torch.equal(found, greedy_without_cache(twin, ids, 20, length))
+
+
+@pytest.mark.filterwarnings("ignore:.past_key_values. is deprecated:FutureWarning")
+def test_learned_keys_are_not_rotated_when_a_plan_grows():
+    model, twin = learned("prefix", patch_first=False), learned("prefix", patch_first=False)
+    ids = text(1, 100)
+    with torch.no_grad():
+        cache = model(input_ids=ids[:, :30], use_cache=True)[CACHE]
+        model.base_model(ids[:, 30:60], **{CACHE: cache}, use_cache=True)
+        grown = request_plan(cache).lengths.item()
+        with planned(int(grown)):
+            whole = twin(input_ids=ids[:, :60], use_cache=True)[CACHE]
+    assert grown > 60 + VIRTUAL
+    keys = [held.layers[0].keys for held in (cache, whole)]
+    assert relative(*keys) < 2e-5
+
+
+def test_chunks_and_turns_with_images_are_planned_by_positions():
+    model = zoo.build("qwen2_vl")
+    inputs = zoo_images.image_inputs(model)
+    patch_model(model, "dynamic_yarn", factor=4, original_max_position_embeddings=30)
+    out = greedy(model, inputs.pop("input_ids"), 3, **inputs, return_dict_in_generate=True)
+    planned_for = request_plan(out[CACHE]).lengths.item()
+    positions = int(model.model.rope_deltas) + out.sequences.shape[1]
+    assert planned_for == positions
+
+    second = torch.cat((out.sequences, text(1, 5)), dim=1)
+    out = greedy(model, second, 4, **{CACHE: out[CACHE]}, return_dict_in_generate=True)
+
+    assert request_plan(out[CACHE]).lengths.item() == positions + 9
+
+
+@pytest.mark.parametrize("method", ["none", "dynamic_yarn"])
+def test_deltas_set_by_hand_stay(method):
+    model, stock = zoo.build("qwen2_vl"), zoo.build("qwen2_vl")
+    patch_model(model, method, **({} if method == "none" else {"factor": 4}))
+    ids = text(1, 12)
+    found = []
+    for one in (model, stock):
+        with torch.no_grad():
+            cache = one(input_ids=ids[:, :10], use_cache=True)[CACHE]
+            one.model.rope_deltas = torch.tensor([[3]])
+            found.append(one(input_ids=ids[:, 10:], **{CACHE: cache}).logits)
+    assert torch.equal(*found)
+
+
+def test_a_note_is_kept_from_a_tuple_too():
+    model, stock = zoo.build("qwen2_vl"), zoo.build("qwen2_vl")
+    patch_model(model, "none")
+    inputs = zoo_images.image_inputs(model)
+    found = []
+    for one in (model, stock):
+        with torch.no_grad():
+            out = one(**inputs, use_cache=True, return_dict=False)
+            cache = next(part for part in out if hasattr(part, "get_seq_length"))
+            if one is model:
+                one(input_ids=text(1, 10))
+            found.append(one(input_ids=text(1, 2), **{CACHE: cache}).logits)
+    assert torch.equal(*found)
