@@ -143,6 +143,11 @@ class Planner:
                 f"{self.method} cannot serve a paged cache, in which the rows of all requests are "
                 f"one; use generate, or a static method."
             )
+        if cache is not None and torch.compiler.is_exporting():
+            raise RopeError(
+                f"{self.method} plans each request, and an exported program would keep the plan of "
+                f"its sample in every later one; patch with a static method such as 'yarn' first."
+            )
         rows, tokens = _shape(arguments)
         mask = arguments.get("attention_mask")
         if mask is not None and not (isinstance(mask, Tensor) and mask.ndim == 2):

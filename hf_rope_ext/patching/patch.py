@@ -3,6 +3,7 @@
 Only the given model and its config change: no class, no registry, no other model.
 """
 
+import threading
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -33,6 +34,9 @@ from hf_rope_ext.rotary.extended_table import ExtendedTable
 from hf_rope_ext.rotary.installed import Resolved, SwapRotary, find_places, patch_of
 from hf_rope_ext.rotary.request_plan import RequestPlan, RequestPolicy
 from hf_rope_ext.rotary.vision_towers import smallest_images
+
+_CHANGING = threading.RLock()
+"""Held while a model changes, so that threads find it patched or not, and never in between."""
 
 
 def patch_model(
@@ -109,8 +113,14 @@ def patch_model(
         if name not in ("model", "method", "probe", "method_knobs")
     }
     arguments = PatchArguments.from_keywords(method, **options, **method_knobs)
+    with _CHANGING:
+        return _patch(model, arguments, probe=probe)
+
+
+def _patch(model: nn.Module, arguments: PatchArguments, *, probe: bool) -> nn.Module:
+    target = arguments.target
     previous = patch_of(model, target)
-    if previous is not None and not replace:
+    if previous is not None and not arguments.replace:
         part = "model is" if target == "text" else f"model's {target} is"
         raise AlreadyScaledError(
             f"the {part} already patched with {previous.method!r}; nothing was changed. "
@@ -125,7 +135,7 @@ def patch_model(
             if probe:
                 _probe(model, resolved)
             for note in advice(resolved):
-                warnings.warn(note, RopeWarning, stacklevel=2)
+                warnings.warn(note, RopeWarning, stacklevel=3)
         except BaseException:
             revert_all(resolved.changes)
             raise
@@ -146,11 +156,14 @@ def unpatch_model(model: nn.Module, target: str | None = None) -> nn.Module:
         NotPatchedError: If it is not patched.
     """
     targets = TARGETS if target is None else (target,)
-    patches = [patch for one in targets if (patch := patch_of(model, one)) is not None]
-    if not patches:
-        part = "" if target is None else f" in its {target} model"
-        raise NotPatchedError(f"{type(model).__name__} is not patched{part}; nothing was changed.")
-    revert_all([change for patch in patches for change in patch.changes])
+    with _CHANGING:
+        patches = [patch for one in targets if (patch := patch_of(model, one)) is not None]
+        if not patches:
+            part = "" if target is None else f" in its {target} model"
+            raise NotPatchedError(
+                f"{type(model).__name__} is not patched{part}; nothing was changed."
+            )
+        revert_all([change for patch in patches for change in patch.changes])
     return model
 
 
@@ -163,17 +176,19 @@ def patched(
     Afterwards the model has the patch it had before, if any, whatever was done to it in the block.
     """
     target = arguments.get("target", "text")
-    before = patch_of(model, target)
-    patch_model(model, method, **arguments)
+    with _CHANGING:
+        before = patch_of(model, target)
+        patch_model(model, method, **arguments)
     try:
         yield model
     finally:
-        after = patch_of(model, target)
-        if after is not before:  # also where the block itself patched or unpatched
-            if after is not None:
-                revert_all(after.changes)
-            if before is not None:
-                apply_all(before.changes)
+        with _CHANGING:
+            after = patch_of(model, target)
+            if after is not before:  # also where the block itself patched or unpatched
+                if after is not None:
+                    revert_all(after.changes)
+                if before is not None:
+                    apply_all(before.changes)
 
 
 # methods import torch alone, so what calling one does is put in from here

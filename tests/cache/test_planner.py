@@ -7,7 +7,7 @@ import torch
 from conftest import TRAINED, logits, relative, tiny_llama
 from decoding import CACHE, dynamic, frozen, step_by_step, text
 from method_knobs import PER_REQUEST
-from transformers import StaticCache
+from transformers import DynamicCache, StaticCache
 
 from hf_rope_ext import RopeError, planned, request_plan
 from hf_rope_ext.models import host
@@ -209,3 +209,23 @@ def test_a_growing_cache_in_a_planned_loop_compiles_whole():
 
     assert len(graphs) <= 3
     assert relative(torch.cat(found, dim=1), expected[:, 40:]) < 1e-5
+
+
+def test_an_exported_program_follows_the_length_or_is_refused(monkeypatch):
+    model, ids = dynamic(), text(1, 100)
+    length = torch.export.Dim("length", min=2, max=4096)
+    shapes = {"input_ids": {1: length}, "use_cache": None}
+    program = torch.export.export(
+        model, (), {"input_ids": ids, "use_cache": False}, dynamic_shapes=shapes
+    )
+    for size in (40, 150):
+        longer = text(1, size)
+        with torch.no_grad():
+            found = program.module()(input_ids=longer, use_cache=False).logits
+        assert relative(found, logits(model, longer)) < 1e-5
+
+    monkeypatch.setattr(torch.compiler, "is_exporting", lambda: True)
+    cache = DynamicCache(config=model.config)
+    with pytest.raises(RopeError, match="an exported program would keep the plan of its sample"):
+        model(ids, **{CACHE: cache})
+    assert cache.get_seq_length() == 0

@@ -1,6 +1,7 @@
 """Whatever is patched, replaced, nested, undone or fails on the way: the model ends as promised."""
 
 import copy
+import threading
 from contextlib import suppress
 from functools import cache
 from typing import Any
@@ -464,3 +465,29 @@ def test_a_change_that_was_never_applied_reverts_to_nothing(llama):
 
     assert state(llama) == before
     assert any(isinstance(change, SwapRotary) for change in changes)
+
+
+def test_threads_find_a_model_patched_or_not_and_never_in_between():
+    model, ids = tiny_llama(), torch.arange(10, 30)[None]
+    before, config = logits(model, ids), model.config.to_dict()
+    errors = []
+
+    def serve(method: str) -> None:
+        for _ in range(10):
+            try:
+                with patched(model, method, factor=4):
+                    logits(model, ids)
+            except AlreadyScaledError:
+                pass
+            except Exception as error:
+                errors.append(error)
+
+    threads = [threading.Thread(target=serve, args=(name,)) for name in ("yarn", "ntk", "linear")]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+
+    assert errors == []
+    assert torch.equal(logits(model, ids), before)
+    assert model.config.to_dict() == config
