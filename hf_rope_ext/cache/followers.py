@@ -14,6 +14,9 @@ from torch import Tensor
 from hf_rope_ext.models import host
 from hf_rope_ext.rotary.request_plan import CachePlan, plan_of
 
+NOTE = "hf_rope_ext_note"
+"""Attribute of a cache for what a vision-language model notes of the positions in it."""
+
 NAMES = ("reorder_cache", "batch_select_indices", "batch_repeat_interleave", "reset")
 """Methods of a cache that move or empty its rows."""
 
@@ -55,23 +58,28 @@ class _Follower:
         else:
             (change,) = (*args, *kwargs.values())
             _move_rows(plan, change)
+            note = getattr(cache, NOTE, {})
+            setattr(cache, NOTE, {name: _move(value, 0, change) for name, value in note.items()})
         return result
 
 
 def _move_rows(plan: CachePlan, change: Tensor | int) -> None:
     """Select rows of a plan, or repeat each row."""
-
-    def moved(values: Any, dim: int) -> Any:
-        if not isinstance(values, Tensor) or values.shape[dim] == 1:
-            return values  # one row stands for all
-        if isinstance(change, int):
-            return values.repeat_interleave(change, dim=dim)
-        return values.index_select(dim, change.to(values.device))
-
-    plan.lengths = moved(plan.lengths, 0)
-    plan.positions = moved(plan.positions, -2)
+    plan.lengths = _move(plan.lengths, 0, change)
+    plan.positions = _move(plan.positions, -2, change)
     plan.frequencies = {
         # rows are the last but two of the frequencies, and the first of the scaling
-        key: (moved(inv_freq, -3) if inv_freq.ndim > 2 else inv_freq, moved(scaling, 0))
+        key: (
+            _move(inv_freq, -3, change) if inv_freq.ndim > 2 else inv_freq,
+            _move(scaling, 0, change),
+        )
         for key, (inv_freq, scaling) in plan.frequencies.items()
     }
+
+
+def _move(values: Any, dim: int, change: Tensor | int) -> Any:
+    if not isinstance(values, Tensor) or values.ndim < abs(dim) or values.shape[dim] == 1:
+        return values  # one row stands for all
+    if isinstance(change, int):
+        return values.repeat_interleave(change, dim=dim)
+    return values.index_select(dim, change.to(values.device))

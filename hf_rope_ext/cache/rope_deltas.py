@@ -13,6 +13,7 @@ from typing import Any
 
 from torch import nn
 
+from hf_rope_ext.cache.followers import NOTE
 from hf_rope_ext.changes import AddHooks, Change, StandIn
 from hf_rope_ext.models import host
 from hf_rope_ext.rotary.installed import SwapRotary
@@ -44,7 +45,7 @@ class PositionNotes:
         """Put the note of a cache in place of what another request has left."""
         note: Mapping[str, Any] = {}
         if cache is not None and int(cache.get_seq_length()):
-            note = getattr(cache, "hf_rope_ext_note", {})
+            note = getattr(cache, NOTE, {})
         for name, value in _noted(module).items():
             if value is self.left.get(name):
                 setattr(module, name, note.get(name))
@@ -82,7 +83,7 @@ class PositionNotes:
         if cache is None:
             cache = host.given_cache(arguments)
         if cache is not None:
-            cache.hf_rope_ext_note = note
+            setattr(cache, NOTE, note)
 
 
 class PreparePositions(StandIn):

@@ -185,7 +185,7 @@ def remember(tensors: Iterable[Any], call: Call) -> None:
     # without positions, which may be one of the inputs: a cycle that nothing could collect
     repeated = Call(replace(call.plan, positions=None), is_noted=True, is_new=False)
     for tensor in tensors:
-        if isinstance(tensor, Tensor):
+        if type(tensor) is Tensor:  # others, such as sharded ones, may have no storage
             # a repeated call may get other tensors, but on the same storage
             tensor.untyped_storage().hf_rope_ext_call = repeated  # type: ignore[attr-defined]
 
@@ -193,7 +193,7 @@ def remember(tensors: Iterable[Any], call: Call) -> None:
 def recall(tensors: Iterable[Any]) -> Call | None:
     """Return what `remember` has written on any of these inputs, for a repeated call."""
     for tensor in tensors:
-        if isinstance(tensor, Tensor):
+        if type(tensor) is Tensor:
             call: Call | None = getattr(tensor.untyped_storage(), "hf_rope_ext_call", None)
             if call is not None:
                 return replace(call)

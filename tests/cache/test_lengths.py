@@ -1,6 +1,8 @@
 """Which length a row is planned for, whatever else the call holds."""
 
 import asyncio
+import copy
+import pickle
 import threading
 
 import pytest
@@ -174,6 +176,22 @@ def test_a_plan_follows_the_rows_of_its_cache(change):
         found = model(ids[rows, 149:], **step).logits[:, -1]
 
     assert relative(found, expected[rows]) < 2e-5
+
+
+@pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda one: pickle.loads(pickle.dumps(one))])
+def test_the_plan_of_a_copied_cache_follows_the_copy_alone(duplicate):
+    model, ids = dynamic(), text(2, 100)
+    positions = torch.arange(100).expand(2, -1).clone()
+    positions[1] += 60
+    with torch.no_grad():
+        cache = model(ids, position_ids=positions, use_cache=True)[CACHE]
+    copied = duplicate(cache)
+
+    copied.batch_select_indices(torch.tensor([1]))
+    copied.reset()
+
+    assert request_plan(copied) is None
+    assert request_plan(cache).lengths.tolist() == [100, 160]
 
 
 def test_a_block_holds_for_its_own_task_alone():
