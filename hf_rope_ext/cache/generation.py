@@ -40,7 +40,9 @@ class Generate(StandIn):
         ids = kwargs.get("input_ids", kwargs.get("inputs", args[0] if args else None))
         kwargs = host.with_cache_named(kwargs, host.cache_argument(type(self.model).forward))
         models = frozenset({id(self.model), id(kwargs.get("assistant_model"))})
-        generation = Generation(input_ids=ids, models=models, planners=self.planners)
+        generation = Generation(
+            input_ids=ids, arguments=kwargs, models=models, planners=self.planners
+        )
         with announce(generation), prompt_learning(self.model) as generation.virtual_tokens:
             return self.stock(*args, **kwargs)
 
@@ -55,7 +57,8 @@ class PrepareCache(StandIn):
         result = self.stock(*args, **kwargs)
         generation = announced_generation()
         if generation is not None and id(self.model) in generation.models:
-            _prepare(generation, host.GenerateRequest.from_call(self.__signature__, args, kwargs))
+            request = host.GenerateRequest.from_call(self.__signature__, args, kwargs)
+            _prepare(self.model, generation, request)
         return result
 
 
@@ -185,7 +188,7 @@ def planned(max_length: int) -> Iterator[None]:
         yield
 
 
-def _prepare(generation: Generation, request: host.GenerateRequest) -> None:
+def _prepare(model: nn.Module, generation: Generation, request: host.GenerateRequest) -> None:
     """Record the length of a request, and make sure that a cache passed in can serve it."""
     cache = host.given_cache(request.arguments)
     plan = plan_of(cache)
@@ -215,6 +218,7 @@ def _prepare(generation: Generation, request: host.GenerateRequest) -> None:
         can_refill_all = has_whole_text and can_refill(plan, request.arguments)
         if outgrows and can_refill_all:
             host.empty_cache(cache)  # refilled from the whole text: a longer plan, which is exact
+            request.prepare_positions_again(model, generation.input_ids, generation.arguments)
         generation.outgrows = outgrows and not can_refill_all
         plan.capacity = max(plan.capacity, 0 if outgrows else length)
     if not int(host.self_attention_cache(cache).get_seq_length()):

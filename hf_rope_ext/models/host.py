@@ -181,7 +181,7 @@ class GenerateRequest:
     """
 
     config: Any
-    arguments: Mapping[str, Any]
+    arguments: dict[str, Any]
     length: int
 
     @property
@@ -206,6 +206,26 @@ class GenerateRequest:
         # the last token is never run, so it needs no room in the cache
         length = values["max_cache_length"] + 1
         return cls(values["generation_config"], values["model_kwargs"], length)
+
+    def prepare_positions_again(
+        self, model: Any, input_ids: Tensor | None, given: Mapping[str, Any]
+    ) -> None:
+        """Prepare positions for a cache that was emptied since.
+
+        Those of a vision-language model continue from a filled cache, images or not.
+
+        Args:
+            model: The model that generates.
+            input_ids: The whole text.
+            given: The arguments of ``generate``, of which images are encoded by now.
+        """
+        prepare, positions = getattr(model, PREPARE_POSITIONS, None), self.positions
+        is_passed = given.get("position_ids") is not None
+        if prepare is None or positions is None or is_passed or input_ids is None:
+            return
+        prepared = prepare(input_ids, dict(given))
+        rows = positions.shape[-2] // prepared.shape[-2]  # repeated for beams
+        self.arguments["position_ids"] = prepared.repeat_interleave(rows, dim=-2)
 
     def has_whole_text(self, input_ids: Tensor | None) -> bool:
         """Return whether it was given the text that a cache holds too, or only what follows it.

@@ -9,7 +9,7 @@ import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
 import torch
@@ -86,6 +86,7 @@ class Generation:
         max_length: Final number of tokens of the longest row; None until it is known.
         lengths: Final length of each row in positions, ``(batch, 1, 1)``, if it is known.
         input_ids: Its prompt, ``(batch, seq)``, if it has one.
+        arguments: The arguments it was called with.
         models: The models that it generates with, by `id`; empty for a block of `planned`.
         planners: Planners of the text models it is for; None for all.
         virtual_tokens: Number of learned tokens that an adapter puts before the prompt.
@@ -98,6 +99,7 @@ class Generation:
     max_length: int | None = None
     lengths: Tensor | None = None
     input_ids: Tensor | None = None
+    arguments: Mapping[str, Any] = field(default_factory=dict)
     models: frozenset[int] = frozenset()
     planners: Sequence[object] | None = None
     virtual_tokens: int = 0

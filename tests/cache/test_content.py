@@ -168,6 +168,23 @@ def test_chunks_and_turns_with_images_are_planned_by_positions():
     assert request_plan(out[CACHE]).lengths.item() == positions + 9
 
 
+@pytest.mark.parametrize("family", ["qwen2_vl", "glm4v"])
+def test_a_cache_that_is_filled_again_has_the_positions_of_its_images(family):
+    model = zoo.build(family)
+    inputs = zoo_images.image_inputs(model, words=40)
+    patch_model(model, "dynamic_yarn", factor=4)
+    out = model.generate(**inputs, max_new_tokens=1, **GREEDY)
+    new = torch.cat((inputs["input_ids"], text(1, 30)), dim=1)
+    kinds = torch.nn.functional.pad(inputs["mm_token_type_ids"], (0, 30))
+    inputs |= {"input_ids": new, "mm_token_type_ids": kinds, "attention_mask": None}
+
+    found = model.generate(**inputs, **{CACHE: out[CACHE]}, max_new_tokens=3, **GREEDY)
+
+    expected = model.generate(**inputs, max_new_tokens=3, **GREEDY)
+    assert request_plan(found).lengths.item() == request_plan(expected).lengths.item()
+    assert torch.equal(torch.stack(found.logits), torch.stack(expected.logits))
+
+
 @pytest.mark.parametrize("method", ["none", "dynamic_yarn"])
 def test_deltas_set_by_hand_stay(method):
     model, stock = zoo.build("qwen2_vl"), zoo.build("qwen2_vl")
