@@ -200,7 +200,11 @@ def _prepare(model: nn.Module, generation: Generation, request: host.GenerateReq
         # in a block of `planned`; or an assistant, which drafts for the model that called it
         length = max(length, outer.max_length or 0)
     generation.max_length = length
-    generation.lengths = lengths = _final_lengths(generation, request, length)
+    ids = generation.input_ids
+    covered = None if request.positions is None else request.positions.shape[-1]
+    if ids is not None and not has_whole_text and covered == ids.shape[1]:
+        covered += seen  # positions of the new tokens alone
+    generation.lengths = lengths = _final_lengths(generation, request, length - (covered or 0))
     chunk, mask = request.config.prefill_chunk_size, request.arguments.get("attention_mask")
     first = None if chunk is None or mask is None or lengths is not None else mask[:, :chunk]
     if first is not None and not first.any(dim=-1).all():
@@ -226,7 +230,7 @@ def _prepare(model: nn.Module, generation: Generation, request: host.GenerateReq
 
 
 def _final_lengths(
-    generation: Generation, request: host.GenerateRequest, length: int
+    generation: Generation, request: host.GenerateRequest, new_tokens: int
 ) -> Tensor | None:
     """Return the final length of each row in positions, if ``generate`` has prepared positions."""
     positions, mask = request.positions, request.arguments.get("attention_mask")
@@ -236,7 +240,6 @@ def _final_lengths(
         return None
     if positions.ndim == 3:
         positions = positions[-axes:]
-    new = length - positions.shape[-1]
     if mask is not None and mask.shape[-1] != positions.shape[-1]:
         mask = None
-    return row_lengths(positions, mask, new)
+    return row_lengths(positions, mask, new_tokens)

@@ -276,3 +276,20 @@ def test_a_cache_of_the_unpatched_model_is_continued_within_the_trained_length()
         assert relative(found, expected[:, 30:]) < 2e-5
         with pytest.raises(RopeError, match="30 tokens that were not computed under"):
             model(text(1, 30), **{CACHE: cache})
+
+
+@pytest.mark.parametrize("passed", ["whole", "new", "new with positions"])
+def test_a_second_turn_is_planned_for_its_final_length(passed):
+    model, ids = dynamic(), text(1, 90)
+    first = greedy(model, ids[:, :70], 5, return_dict_in_generate=True)
+    held = first[CACHE].get_seq_length()
+    ids = torch.cat((first.sequences, ids[:, 75:]), dim=1)
+    given = {CACHE: first[CACHE], "return_dict_in_generate": True}
+    if passed != "whole":
+        given["attention_mask"] = torch.ones_like(ids)
+    if passed == "new with positions":
+        given["position_ids"] = torch.arange(held, 90)[None]
+
+    out = greedy(model, ids if passed == "whole" else ids[:, held:], 10, **given)
+
+    assert request_plan(out).lengths.tolist() == [100]
