@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from hf_rope_ext.cache.followers import attach_plan
 from hf_rope_ext.cache.given import Keep, can_refill
 from hf_rope_ext.cache.learned_prefix import prefix_changes, prompt_learning
-from hf_rope_ext.cache.planner import Planner, Repeat
+from hf_rope_ext.cache.planner import Planner, Repeat, require_no_empty_row
 from hf_rope_ext.changes import AddHooks, Change, StandIn
 from hf_rope_ext.errors import RopeError, UnsupportedModelError
 from hf_rope_ext.models import host
@@ -206,12 +206,13 @@ def _prepare(model: nn.Module, generation: Generation, request: host.GenerateReq
         covered += seen  # positions of the new tokens alone
     generation.lengths = lengths = _final_lengths(generation, request, length - (covered or 0))
     chunk, mask = request.config.prefill_chunk_size, request.arguments.get("attention_mask")
-    first = None if chunk is None or mask is None or lengths is not None else mask[:, :chunk]
-    if first is not None and not first.any(dim=-1).all():
+    if chunk is not None and generation.virtual_tokens:
         raise RopeError(
-            f"prefill_chunk_size={chunk} gives a row of the batch nothing but padding in its first "
-            f"chunk, so its length is not known yet; use longer chunks."
+            f"prefill_chunk_size={chunk} with the {generation.virtual_tokens} virtual tokens of an "
+            f"adapter, which PEFT adds to every chunk; leave prefill_chunk_size out."
         )
+    if chunk is not None and lengths is None:
+        require_no_empty_row(mask if mask is None else mask[:, :chunk])
     if plan is None:
         return
     if seen:

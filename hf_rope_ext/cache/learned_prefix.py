@@ -61,7 +61,11 @@ def prompt_learning(model: Any) -> Iterator[int]:
 
     def prepare_base(*args: Any, **kwargs: Any) -> Any:
         prepared = stock(*args, **kwargs)
-        return {**prepared, host.PEFT_CACHE: host.given_cache(prepared)}
+        cache = host.given_cache(prepared)
+        if prepared.get("use_cache") is False:
+            # the model returns the prefix that it was given, grown; each step gets a new one
+            prepared, cache = {**prepared, name: None}, None
+        return {**prepared, host.PEFT_CACHE: cache}
 
     def prepare_all(*args: Any, **kwargs: Any) -> Mapping[str, Any]:
         prepared = prepare(*args, **kwargs)

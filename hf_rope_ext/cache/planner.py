@@ -253,6 +253,9 @@ class Planner:
             lengths = generation.lengths
             if lengths is not None and lengths.shape[0] not in (1, asked.rows):
                 lengths = None
+        mask = asked.mask_after(seen)
+        if cache is not None and capacity > needed and lengths is None:
+            require_no_empty_row(mask)
         plan = CachePlan(self.method, self.trained, self.policy, capacity)
         plan.is_compiled = torch.compiler.is_compiling()
         if cache is not None:
@@ -261,7 +264,7 @@ class Planner:
             plan,
             seen=seen,
             ahead=capacity - needed,
-            mask=asked.mask_after(seen),
+            mask=mask,
             lengths=lengths,
             size=size,
             records=self.policy.on_growth == "rerotate" and size is None,
@@ -379,6 +382,26 @@ class Repeat:
         """Leave a repeated call (forward hook)."""
         if RUNNING.call is not None and RUNNING.call.owner is self:
             RUNNING.call = RUNNING.call.outer
+
+
+def require_no_empty_row(mask: Tensor | None) -> None:
+    """Check that each row has a token in the first chunk of a request, which makes its plan.
+
+    Args:
+        mask: The padding mask of the chunk, ``(batch, seq)``, if there is one.
+
+    Raises:
+        RopeError: If a row has not: how long it will be is not known then.
+    """
+    if mask is None or torch.compiler.is_compiling():
+        return
+    empty = (mask == 0).all(dim=-1)
+    if bool(empty.any()):
+        raise RopeError(
+            f"row {int(empty.int().argmax())} has nothing but padding in the first "
+            f"{mask.shape[-1]} tokens of its request, so its length is not known yet; nothing was "
+            f"changed. Fill the cache in longer chunks."
+        )
 
 
 def _shape(arguments: Mapping[str, Any]) -> tuple[int, int]:

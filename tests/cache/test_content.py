@@ -14,7 +14,7 @@ from peft import (
 )
 from transformers import CLIPVisionConfig, LlavaConfig, LlavaForConditionalGeneration
 
-from hf_rope_ext import patch_model, planned, request_plan
+from hf_rope_ext import RopeError, patch_model, planned, request_plan
 
 IMAGE = 7
 VIRTUAL = 40
@@ -88,6 +88,9 @@ def test_a_new_image_does_not_stand_for_the_first():
     assert relative(out[CACHE].layers[0].keys[:, :, :12], expected) < 2e-5
 
 
+PEFT_WARNS = pytest.mark.filterwarnings(
+    "ignore:Position ids are not supported", "ignore:.past_key_values. is deprecated:FutureWarning"
+)
 LEARNED = {
     "prompt": PromptTuningConfig,
     "p-tuning": PromptEncoderConfig,
@@ -121,8 +124,7 @@ def greedy_without_cache(model, ids, new, length):
     return ids
 
 
-@pytest.mark.filterwarnings("ignore:Position ids are not supported", "ignore:Both `past_key_values")
-@pytest.mark.filterwarnings("ignore:.past_key_values. is deprecated:FutureWarning")
+@PEFT_WARNS
 @pytest.mark.parametrize("patch_first", [True, False], ids=["patch-peft", "peft-patch"])
 @pytest.mark.parametrize("kind", LEARNED)
 @pytest.mark.parametrize("prompt", [10, 60])
@@ -138,7 +140,23 @@ def test_virtual_tokens_count_as_length(kind, patch_first, prompt):
     assert torch.equal(found, greedy_without_cache(twin, ids, 20, length))
 
 
-@pytest.mark.filterwarnings("ignore:.past_key_values. is deprecated:FutureWarning")
+@PEFT_WARNS
+def test_an_adapter_with_virtual_tokens_generates_without_a_cache_too():
+    model, ids = learned("prefix", patch_first=True), text(1, 60)
+    cached = model.generate(input_ids=ids, max_new_tokens=4, do_sample=False)
+    found = model.generate(input_ids=ids, max_new_tokens=4, do_sample=False, use_cache=False)
+    assert torch.equal(found, cached)
+
+
+@PEFT_WARNS
+@pytest.mark.parametrize("kind", LEARNED)
+def test_virtual_tokens_in_chunks_are_refused(kind):
+    model = learned(kind, patch_first=True)
+    with pytest.raises(RopeError, match="prefill_chunk_size=8 with the 40 virtual tokens"):
+        model.generate(input_ids=text(1, 30), max_new_tokens=4, prefill_chunk_size=8)
+
+
+@PEFT_WARNS
 def test_learned_keys_are_not_rotated_when_a_plan_grows():
     model, twin = learned("prefix", patch_first=False), learned("prefix", patch_first=False)
     ids = text(1, 100)

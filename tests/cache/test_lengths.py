@@ -293,3 +293,16 @@ def test_a_second_turn_is_planned_for_its_final_length(passed):
     out = greedy(model, ids if passed == "whole" else ids[:, held:], 10, **given)
 
     assert request_plan(out).lengths.tolist() == [100]
+
+
+def test_a_first_chunk_of_nothing_but_padding_is_refused():
+    model, ids = dynamic(), text(2, 40)
+    mask = torch.ones_like(ids)
+    mask[1, :20] = 0
+    positions = (mask.cumsum(1) - 1).clamp(min=0)
+    cache = DynamicCache(config=model.config)
+    first = {"attention_mask": mask[:, :16], "position_ids": positions[:, :16], CACHE: cache}
+    with planned(100), pytest.raises(RopeError, match="row 1 has nothing but padding in the first"):
+        model(ids[:, :16], **first)
+    assert cache.get_seq_length() == 0
+    assert request_plan(cache) is None
