@@ -220,7 +220,7 @@ def _prepare(model: nn.Module, generation: Generation, request: host.GenerateReq
         if lengths is not None and plan.lengths is not None:
             known = plan.lengths.to(lengths.device).clamp(min=plan.trained)
             outgrows = bool((lengths > known).any())
-        can_refill_all = has_whole_text and can_refill(plan, request.arguments)
+        can_refill_all = has_whole_text and can_refill(plan, generation.arguments)
         if outgrows and can_refill_all:
             host.empty_cache(cache)  # refilled from the whole text: a longer plan, which is exact
             request.prepare_positions_again(model, generation.input_ids, generation.arguments)
@@ -243,4 +243,4 @@ def _final_lengths(
         positions = positions[-axes:]
     if mask is not None and mask.shape[-1] != positions.shape[-1]:
         mask = None
-    return row_lengths(positions, mask, new_tokens)
+    return row_lengths(positions, mask, new_tokens + generation.virtual_tokens)

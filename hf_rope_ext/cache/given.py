@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from hf_rope_ext.models import host
 from hf_rope_ext.rotary.request_plan import CachePlan, plan_of
-from hf_rope_ext.rotary.running import RUNNING, Given, innermost
+from hf_rope_ext.rotary.running import RUNNING, Given, announced_generation, innermost
 
 
 class Keep:
@@ -47,7 +47,14 @@ class Keep:
         plan = None if cache is None else plan_of(cache)
         if plan is None:
             return
-        for name, value in given.arguments.items():
+        arguments = given.arguments
+        generation = innermost(announced_generation(), self.planners[0])
+        if generation is not None and generation.models:
+            # what `generate` was given, and not what it makes of that for its calls
+            if generation.is_noted:
+                return
+            arguments, generation.is_noted = generation.arguments, True
+        for name, value in arguments.items():
             numbers = _content(name, value)
             if numbers is not None:
                 known = plan.content.setdefault(name, [])

@@ -12,6 +12,8 @@ from torch import nn
 from hf_rope_ext.changes import Change, StandIn
 from hf_rope_ext.models import host
 
+_PASSED = "hf_rope_ext_cache"
+
 
 class MarkPrefix(StandIn):
     """Stands in for the method of a PeftModel that makes its virtual tokens."""
@@ -60,18 +62,20 @@ def prompt_learning(model: Any) -> Iterator[int]:
     stock = adapter.base_model_prepare_inputs_for_generation
 
     def prepare_base(*args: Any, **kwargs: Any) -> Any:
-        prepared = stock(*args, **kwargs)
+        prepared = dict(stock(*args, **kwargs))
         cache = host.given_cache(prepared)
         if prepared.get("use_cache") is False:
             # the model returns the prefix that it was given, grown; each step gets a new one
-            prepared, cache = {**prepared, name: None}, None
-        return {**prepared, host.PEFT_CACHE: cache}
+            cache = prepared[name] = None
+        is_filled = cache is not None and int(cache.get_seq_length())
+        return {**prepared, host.PEFT_CACHE: cache if is_filled else None, _PASSED: cache}
 
     def prepare_all(*args: Any, **kwargs: Any) -> Mapping[str, Any]:
         prepared = prepare(*args, **kwargs)
-        cache = prepared.pop(host.PEFT_CACHE)
-        passed = host.given_cache(kwargs)
-        return {**prepared, name: cache if cache is passed else _mark(cache)}
+        passed, cache = prepared.pop(_PASSED), prepared.pop(host.PEFT_CACHE)
+        if cache is not None and cache is not passed:
+            _mark(cache)
+        return {**prepared, name: passed if cache is None else cache}
 
     adapter.base_model_prepare_inputs_for_generation = prepare_base
     setattr(model, host.PREPARE_INPUTS, prepare_all)

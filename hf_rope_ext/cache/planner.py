@@ -169,13 +169,8 @@ class Planner:
         if plan is None:
             return self._first_after(cache, asked, int(seen))
         self._require_own(plan, rows)
-        if isinstance(seen, Tensor):
-            if self._leaps(plan, asked, 0, None):
-                raise RopeError(
-                    f"the positions of this call go beyond those that the cache of fixed size was "
-                    f"planned for under {self.method}; nothing was changed. Fill a new cache with "
-                    f"all tokens at once."
-                )
+        if plan.is_fixed:
+            self._require_room(plan, asked)
             return Call(plan, is_new=False)
         grows = self._outgrows(plan, asked, seen) and plan.policy.on_growth != "freeze"
         if grows:
@@ -197,6 +192,16 @@ class Planner:
             raise RopeError(
                 f"the cache was planned for {plan.lengths.shape[0]} rows, but {rows} came; fill a "
                 f"new cache for another batch."
+            )
+
+    def _require_room(self, plan: CachePlan, asked: _Asked) -> None:
+        """Check that a call does not go beyond the plan of its cache of fixed size."""
+        outgrows = asked.generation is not None and asked.generation.outgrows
+        if plan.policy.on_growth != "freeze" and (outgrows or self._leaps(plan, asked, 0, None)):
+            raise RopeError(
+                f"the positions of this request go beyond those that the cache of fixed size was "
+                f"planned for under {self.method}; nothing was changed. Fill a new cache with all "
+                f"tokens at once."
             )
 
     def _outgrows(self, plan: CachePlan, asked: _Asked, seen: int) -> bool:
@@ -245,19 +250,17 @@ class Planner:
         """
         generation, limit = asked.generation, asked.limit
         own = None if cache is None else host.self_attention_cache(cache)
-        size = None if own is None or limit else host.fixed_size(own)
+        size = None if own is None else host.fixed_size(own)
         needed = seen + asked.tokens
-        capacity = max(size or limit or 0, needed)
-        lengths = None
-        if generation is not None and not generation.virtual_tokens:
-            lengths = generation.lengths
-            if lengths is not None and lengths.shape[0] not in (1, asked.rows):
-                lengths = None
+        capacity = max(limit or size or 0, needed)
+        lengths = None if generation is None else generation.lengths
+        if lengths is not None and lengths.shape[0] not in (1, asked.rows):
+            lengths = None
         mask = asked.mask_after(seen)
         if cache is not None and capacity > needed and lengths is None:
             require_no_empty_row(mask)
         plan = CachePlan(self.method, self.trained, self.policy, capacity)
-        plan.is_compiled = torch.compiler.is_compiling()
+        plan.is_compiled, plan.is_fixed = torch.compiler.is_compiling(), size is not None
         if cache is not None:
             attach_plan(cache, plan)
         return Call(
@@ -266,7 +269,7 @@ class Planner:
             ahead=capacity - needed,
             mask=mask,
             lengths=lengths,
-            size=size,
+            size=None if limit else size,
             records=self.policy.on_growth == "rerotate" and size is None,
         )
 

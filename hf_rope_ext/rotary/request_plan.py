@@ -104,6 +104,7 @@ class CachePlan:
             values and the fingerprint of each tensor, in order.
         unknown: Number of tokens it held before the plan was made, at unknown positions.
         learned: Number of learned keys at its start, which are not rotated.
+        is_fixed: Whether the cache is of fixed size, so that its keys stay as they are.
         is_compiled: Whether it was made in compiled code, which cannot let it follow the rows.
     """
 
@@ -117,6 +118,7 @@ class CachePlan:
     content: dict[str, list[tuple[int, Tensor]]] = field(default_factory=dict)
     unknown: int = 0
     learned: int = 0
+    is_fixed: bool = False
     is_compiled: bool = False
 
     def report(self) -> "RequestPlan":

@@ -91,6 +91,7 @@ class Generation:
         planners: Planners of the text models it is for; None for all.
         virtual_tokens: Number of learned tokens that an adapter puts before the prompt.
         outgrows: Whether it needs a longer plan than its cache has.
+        is_noted: Whether its arguments are noted on its cache.
         outer: The one it is nested in, such as that of the model an assistant drafts for.
         reports: Whether its plans are reported to ``on_plan``.
         is_open: Whether it still runs.
@@ -104,6 +105,7 @@ class Generation:
     planners: Sequence[object] | None = None
     virtual_tokens: int = 0
     outgrows: bool = False
+    is_noted: bool = False
     outer: "Generation | None" = None
     reports: bool = True
     is_open: bool = True

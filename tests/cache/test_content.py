@@ -12,7 +12,12 @@ from peft import (
     PromptTuningConfig,
     get_peft_model,
 )
-from transformers import CLIPVisionConfig, LlavaConfig, LlavaForConditionalGeneration
+from transformers import (
+    CLIPVisionConfig,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    StaticCache,
+)
 
 from hf_rope_ext import RopeError, patch_model, planned, request_plan
 
@@ -146,6 +151,28 @@ def test_an_adapter_with_virtual_tokens_generates_without_a_cache_too():
     cached = model.generate(input_ids=ids, max_new_tokens=4, do_sample=False)
     found = model.generate(input_ids=ids, max_new_tokens=4, do_sample=False, use_cache=False)
     assert torch.equal(found, cached)
+
+
+@PEFT_WARNS
+@pytest.mark.parametrize("cached", ["dynamic", "none"])
+@pytest.mark.parametrize("kind", LEARNED)
+def test_rows_with_virtual_tokens_are_planned_by_their_own(kind, cached):
+    plans = []
+    model, ids = learned(kind, patch_first=True, on_plan=plans.append), text(2, 60)
+    mask = torch.ones_like(ids)
+    mask[1, :50] = 0
+    settings = {"use_cache": cached != "none", "do_sample": False, "pad_token_id": 0}
+    model.generate(input_ids=ids, attention_mask=mask, max_new_tokens=2, **settings)
+    assert plans[0].lengths.tolist() == [60 + VIRTUAL + 2, 10 + VIRTUAL + 2]
+
+
+@PEFT_WARNS
+def test_a_learned_prefix_takes_the_place_of_a_fixed_cache():
+    model, ids = learned("prefix", patch_first=True), text(1, 60)
+    settings = {"max_new_tokens": 4, "do_sample": False}
+    expected = model.generate(input_ids=ids, **settings)
+    cache = StaticCache(config=model.config, max_cache_len=128)
+    assert torch.equal(model.generate(input_ids=ids, **{CACHE: cache}, **settings), expected)
 
 
 @PEFT_WARNS

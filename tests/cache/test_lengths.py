@@ -7,6 +7,7 @@ import threading
 
 import pytest
 import torch
+import zoo
 from conftest import TRAINED, logits, relative, tiny_llama
 from decoding import CACHE, dynamic, frozen, greedy, step_by_step, text
 from transformers import (
@@ -306,3 +307,21 @@ def test_a_first_chunk_of_nothing_but_padding_is_refused():
         model(ids[:, :16], **first)
     assert cache.get_seq_length() == 0
     assert request_plan(cache) is None
+
+
+@pytest.mark.parametrize("new", [1, 40])
+@pytest.mark.parametrize("chunk", [None, 16])
+@pytest.mark.parametrize("family", ["llama", "gemma3_text"])
+def test_a_turn_that_outgrows_a_fixed_cache_is_refused_before_it_starts(family, chunk, new):
+    model, ids = dynamic(model=zoo.build(family)), text(1, 110)
+    cache = StaticCache(config=model.config, max_cache_len=200)
+    with planned(70), torch.no_grad():
+        model(ids[:, :70], **{CACHE: cache}, use_cache=True)
+    keys = [layer.keys.clone() for layer in cache.layers]
+    turn = {"attention_mask": torch.ones(1, 70 + new), "prefill_chunk_size": chunk, CACHE: cache}
+
+    with pytest.raises(RopeError, match="beyond those that the cache of fixed size was planned"):
+        greedy(model, ids[:, 70 : 70 + new], 20, **turn)
+
+    kept = zip(keys, cache.layers, strict=True)
+    assert all(torch.equal(before, layer.keys) for before, layer in kept)
