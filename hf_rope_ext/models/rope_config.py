@@ -2,14 +2,13 @@
 
 A method that transformers knows is saved under its ``rope_type``, and any other static method as
 ``longrope``, whose lists divide the trained frequencies pair by pair. A method that has neither
-form keeps its own name as ``rope_type``, so that stock tools stop instead of running an unscaled
-model.
+form is saved so that stock tools stop instead of running an unscaled model, with an error that says
+what to load it with.
 """
 
 import copy
 import logging
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from typing import Any
 
 from hf_rope_ext.changes import SetAttributes
@@ -21,6 +20,14 @@ from hf_rope_ext.models.sites import RopeSite
 
 RECORD = "hf_rope_ext"
 """Name of the config attribute that holds the exact record of a patch."""
+
+STOP = "experts_implementation"
+"""A config entry at which stock transformers stops building a model if it does not know the value.
+
+It checks this one for every model type, with experts or without, whether weights are loaded or not.
+Many families read no ``rope_type`` or accept few, so the type alone would stop some of them only.
+Other engines ignore this entry and stop at the type.
+"""
 
 SCALING_KEYS = frozenset(
     {
@@ -58,6 +65,7 @@ def config_changes(
     temperature: str,
     settings: Mapping[str, Any],
     has_stock_form: bool = True,
+    around: Sequence[Config] = (),
 ) -> list[SetAttributes]:
     """Return the config changes of a patched model.
 
@@ -68,6 +76,8 @@ def config_changes(
         temperature: ``"rotation"`` or ``"logits"``.
         settings: Further entries of the record.
         has_stock_form: Whether stock code turns the same pairs at the same positions.
+        around: The configs of the models around the sites, which stop stock code with them: a whole
+            config hands its own entry down to the configs inside it, over theirs.
     """
     changes = []
     for config in {id(site.config): site.config for site in sites}.values():
@@ -79,8 +89,13 @@ def config_changes(
         if before is not None and not own[0].family.sized_by_length:
             attributes["max_position_embeddings"] = length or before
             unscaled["max_position_embeddings"] = before
+        try:
+            if not has_stock_form:
+                raise ExportError("stock code rotates other pairs, or at other positions.")
+            attributes |= stock_attributes(own, method, temperature, attributes)
+        except ExportError:
+            attributes |= loud_attributes(own, method, attributes)
         if setting(config, "rope_parameters"):
-            attributes |= rope_parameters_for(own, method, temperature, attributes, has_stock_form)
             unscaled["rope_parameters"] = _nested(
                 own, {site.label: unscaled_parameters(site) for site in own}
             )
@@ -93,35 +108,37 @@ def config_changes(
             "unscaled": unscaled,
         }
         changes.append(SetAttributes(config, attributes))
-    return changes
+    stop = {STOP: remedy(method)}
+    stopped = {id(change.owner) for change in changes if STOP in change.values}
+    outer = {id(config): config for config in around if stopped and id(config) not in stopped}
+    return [*changes, *(SetAttributes(config, stop) for config in outer.values())]
 
 
-def rope_parameters_for(
-    sites: Sequence[RopeSite],
-    method: Method,
-    temperature: str,
-    beside: Mapping[str, Any],
-    has_stock_form: bool = True,
+def loud_attributes(
+    sites: Sequence[RopeSite], method: Method, beside: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """Return the config attributes that describe the scaling of a patched model.
+    """Return the config attributes at which stock code stops, where it cannot compute a method.
 
     Args:
         sites: All patched sites of a config.
         method: The method that extends them.
-        temperature: ``"rotation"`` or ``"logits"``.
         beside: Other new attributes of the config.
-        has_stock_form: Whether stock code rotates the same pairs at the same positions.
     """
-    if has_stock_form:
-        with suppress(ExportError):
-            return stock_attributes(sites, method, temperature, beside)
-    unscaled = {site.label: unscaled_parameters(site) for site in sites}
-    unread = f"{RECORD}.{method_record(method)['name']}"
-    loud = {label: {**parameters, "rope_type": unread} for label, parameters in unscaled.items()}
-    attributes = {"rope_parameters": _nested(sites, loud)}
-    if _reads(sites[0].config, {**beside, **attributes}):
+    attributes: dict[str, Any] = {STOP: remedy(method)}
+    if not setting(sites[0].config, "rope_parameters"):
         return attributes
-    return {"rope_parameters": _nested(sites, unscaled)}
+    unscaled = {site.label: unscaled_parameters(site) for site in sites}
+    loud = {label: {**own, "rope_type": remedy(method)} for label, own in unscaled.items()}
+    named = {"rope_parameters": _nested(sites, loud)}
+    if _reads(sites[0].config, {**beside, **named}):
+        return {**attributes, **named}
+    return {**attributes, "rope_parameters": _nested(sites, unscaled)}
+
+
+def remedy(method: Method) -> str:
+    """Return the value of a config entry that stock code refuses; the refusal quotes it."""
+    name = method_record(method)["name"]
+    return f"{RECORD}.{name}: load this model with {RECORD}.load_pretrained"
 
 
 def stock_attributes(

@@ -19,7 +19,7 @@ from hf_rope_ext.geometry import FrequencyPlan, RopeGeometry
 from hf_rope_ext.methods import Method, PerAxis, method_record
 from hf_rope_ext.models.family import Config, setting
 from hf_rope_ext.models.find import find_towers
-from hf_rope_ext.models.rope_config import RECORD
+from hf_rope_ext.models.rope_config import RECORD, remedy
 from hf_rope_ext.models.sites import RopeSite, axial_site
 from hf_rope_ext.rotary.axes import assign_axes, read_pairs
 from hf_rope_ext.rotary.rotation import Rotation
@@ -129,8 +129,8 @@ def tower_changes(
 ) -> list[SetAttributes]:
     """Return the config changes for a patched vision tower.
 
-    Stock code can read another base, but knows no other scaling of a vision tower: those get a
-    ``rope_type`` of our own, at which it stops.
+    Stock code can read another base, but knows no other scaling of a vision tower: at the
+    ``rope_type`` that those get it stops.
 
     Args:
         sites: The sites that the method extends.
@@ -145,7 +145,7 @@ def tower_changes(
         if stock is not None and stock["rope_type"] == "default":
             after = {**before, **stock, "rope_type": before["rope_type"]}
         else:
-            after = {**before, "rope_type": f"{RECORD}.{method_record(method)['name']}"}
+            after = {**before, "rope_type": remedy(method)}
         record = {
             "version": 1,
             "target": "vision",

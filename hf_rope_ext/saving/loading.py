@@ -8,7 +8,7 @@ from torch import nn
 
 from hf_rope_ext.errors import RopeError
 from hf_rope_ext.models.family import Config
-from hf_rope_ext.models.rope_config import RECORD
+from hf_rope_ext.models.rope_config import RECORD, STOP
 from hf_rope_ext.saving.adapters import SOURCE, load_adapter, save_record
 from hf_rope_ext.saving.record import apply_record, merge_records, require_known
 
@@ -190,6 +190,8 @@ def _has_sections(rope: Any) -> bool:
 
 def _restore(settings: dict[str, Any], records: list[dict[str, Any]]) -> None:
     """Revert a config, and those inside it, to their settings before the patch."""
+    if str(settings.get(STOP)).startswith(RECORD):
+        del settings[STOP]
     record = settings.pop(RECORD, None)
     if record is not None:
         records.append(record)
