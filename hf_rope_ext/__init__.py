@@ -23,7 +23,7 @@ from hf_rope_ext.positions.placement import VisualPositions
 from hf_rope_ext.positions.placement import place_visual_tokens as place_visual_tokens
 from hf_rope_ext.rotary.request_plan import RequestPlan, RequestPolicy, request_plan
 from hf_rope_ext.saving.engines import Export, export
-from hf_rope_ext.saving.loading import load_pretrained, save_pretrained
+from hf_rope_ext.saving.loading import load_pretrained, restore_patch, save_pretrained
 
 __version__ = "0.1.0"
 
@@ -53,6 +53,7 @@ __all__ = [
     "planned",
     "request_length",
     "request_plan",
+    "restore_patch",
     "save_pretrained",
     "unpatch_model",
     "visual_length",

@@ -55,7 +55,8 @@ def load_base(recipe: Recipe) -> nn.Module:
         options["quantization_config"] = _make_quantization_config(recipe)
         options["device_map"] = {"": _choose_device()}
     try:
-        return load_pretrained(recipe.model, **options)
+        model: nn.Module = load_pretrained(recipe.model, **options)
+        return model
     except RopeError:
         raise
     except (OSError, ValueError, RuntimeError) as error:

@@ -9,11 +9,15 @@ from transformers import Trainer, TrainerCallback
 
 from hf_rope_ext.finetune.evaluation import Evaluation
 from hf_rope_ext.finetune.pose import PositionSkips
-from hf_rope_ext.saving.adapters import save_record, weights_record
+from hf_rope_ext.patching.adapter_record import (
+    ADAPTER_RECORD,
+    remember_weights,
+    save_record,
+)
 
 
 class LongContextTrainer(Trainer):  # type: ignore[misc]
-    """A Trainer that evaluates by length and writes the RoPE record into its checkpoints.
+    """A Trainer that evaluates by length, at a batch's own positions.
 
     Args:
         *args: As for Trainer.
@@ -35,13 +39,7 @@ class LongContextTrainer(Trainer):  # type: ignore[misc]
         self.evaluation = evaluation
         self.skips = skips
         # once sharded, the weights can no longer be read for the record
-        self.base_weights = weights_record(self.model)
-
-    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Save the model and, next to an adapter, the record of its base model's patch."""
-        super().save_model(output_dir, _internal_call)
-        if self.args.should_save:
-            save_record(self.model, output_dir or self.args.output_dir, self.base_weights)
+        remember_weights(self.model)
 
     def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kw: Any) -> Any:
         """Return the loss of a batch at its own positions."""
@@ -68,9 +66,10 @@ class LongContextTrainer(Trainer):  # type: ignore[misc]
 
 
 class RememberRope(TrainerCallback):  # type: ignore[misc]
-    """A callback that writes the RoPE record into the checkpoints of any other Trainer."""
+    """A callback that writes the RoPE record where no ``save_pretrained`` has written it."""
 
     def on_save(self, args: Any, state: Any, control: Any, model: Any = None, **kw: Any) -> None:
-        """Write the record into the checkpoint just saved."""
-        if state.is_world_process_zero:
-            save_record(model, Path(args.output_dir) / f"checkpoint-{state.global_step}")
+        """Write the record into the checkpoint just saved, unless it is there."""
+        checkpoint = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+        if state.is_world_process_zero and not (checkpoint / ADAPTER_RECORD).exists():
+            save_record(model, checkpoint)

@@ -21,6 +21,7 @@ from hf_rope_ext.errors import (
     UnsupportedModelError,
 )
 from hf_rope_ext.methods import Method
+from hf_rope_ext.patching.adapter_record import RecordAdapters
 from hf_rope_ext.patching.advice import advice
 from hf_rope_ext.patching.arguments import TARGETS, PatchArguments
 from hf_rope_ext.patching.cache_proof import prove_cached_plans
@@ -235,7 +236,7 @@ def _changes(model: nn.Module, resolved: Resolved) -> list[Change]:
     if resolved.visual is not None:
         configs = [site.config for site in resolved.sites]
         changes += placement_changes(model, configs, resolved.visual, resolved.axes)
-    return [*changes, *resolved.configs]
+    return [*changes, *resolved.configs, RecordAdapters(model)]
 
 
 def _probe(model: nn.Module, resolved: Resolved) -> None:

@@ -1,52 +1,30 @@
 """PEFT adapters with the RoPE they were trained under, which their own files do not record."""
 
-import hashlib
 import json
+import re
+import warnings
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
 from hf_rope_ext.errors import RopeError
-from hf_rope_ext.patching.arguments import TARGETS
+from hf_rope_ext.patching.adapter_record import (
+    ADAPTER_CONFIG,
+    ADAPTER_RECORD,
+    BASE_WEIGHTS,
+    MARK,
+    live_record,
+    weights_record,
+)
 from hf_rope_ext.patching.patch import unpatch_model
-from hf_rope_ext.rotary.installed import patch_of
-from hf_rope_ext.saving.record import apply_record, merge_records, require_known
-
-ADAPTER_RECORD = "hf_rope_ext.json"
-"""File in the directory of a PEFT adapter that records the patch it was trained under."""
-
-BASE_WEIGHTS = "base_weights"
-"""Key in that file for the fingerprint of the base model's weights."""
-
-HASHED = 4096
-"""How many numbers of each weight are hashed."""
+from hf_rope_ext.saving.record import apply_record, require_known
 
 SOURCE = ("cache_dir", "force_download", "local_files_only", "revision", "subfolder", "token")
 """Arguments of ``from_pretrained`` that select files."""
-
-
-def save_record(
-    model: nn.Module, directory: str | Path, weights: dict[str, str] | None = None
-) -> None:
-    """Write the record of a patch next to a saved PEFT adapter.
-
-    Does nothing if the model is unpatched or no adapter was saved.
-
-    Args:
-        model: The PEFT model.
-        directory: Directory of the adapter.
-        weights: The `weights_record` of the base model, if it can no longer be computed.
-    """
-    record = _record(model)
-    if record is None or not (Path(directory) / "adapter_config.json").is_file():
-        return
-    record[BASE_WEIGHTS] = weights or weights_record(model)
-    path = Path(directory) / ADAPTER_RECORD
-    unfinished = path.with_suffix(".part")
-    unfinished.write_text(json.dumps(record, indent=2) + "\n")
-    unfinished.replace(path)
 
 
 def load_adapter(model: nn.Module, name_or_path: str | Path, **kwargs: Any) -> nn.Module:
@@ -62,60 +40,105 @@ def load_adapter(model: nn.Module, name_or_path: str | Path, **kwargs: Any) -> n
             trained on, or the record is not readable. The model is then unchanged.
     """
     from peft import PeftModel
-    from transformers.utils import cached_file
 
     source = {key: kwargs[key] for key in SOURCE if key in kwargs}
-    path = cached_file(
-        str(name_or_path), ADAPTER_RECORD, _raise_exceptions_for_missing_entries=False, **source
-    )
-    if path is None:
+    record = read_adapter_record(name_or_path, **source)
+    if record is None:
         return PeftModel.from_pretrained(model, name_or_path, **kwargs)  # type: ignore[no-any-return]
-    record = _read_record(Path(path))
     trained_on = record.pop(BASE_WEIGHTS, None)
-    patched_before = _record(model) is not None
+    _require_same_weights(model, trained_on, name_or_path)
+    with applied(model, record, name_or_path), mark_read():
+        return PeftModel.from_pretrained(model, name_or_path, **kwargs)  # type: ignore[no-any-return]
+
+
+def read_adapter_record(name_or_path: str | Path, **source: Any) -> dict[str, Any] | None:
+    """Return the record beside an adapter, with the fingerprint of its base's weights.
+
+    Args:
+        name_or_path: Directory or hub id of the adapter.
+        **source: Arguments of ``from_pretrained`` that select files.
+
+    Returns:
+        The record; None if the base model was not patched in training.
+
+    Raises:
+        RopeError: If the record is lost or not readable.
+    """
+    settings = read_adapter_config(name_or_path, **source) or {}
+    path = find_file(name_or_path, ADAPTER_RECORD, **source)
+    if path is not None:
+        return _read_record(path)
+    if MARK in settings:
+        raise RopeError(
+            f"the adapter in {str(name_or_path)!r} was trained under a RoPE patch, but its record "
+            f"{ADAPTER_RECORD} is missing; copy that file beside {ADAPTER_CONFIG}."
+        )
+    return None
+
+
+def read_adapter_config(name_or_path: str | Path, **source: Any) -> dict[str, Any] | None:
+    """Return PEFT's config of an adapter; None if there is no adapter."""
+    path = find_file(name_or_path, ADAPTER_CONFIG, **source)
+    return None if path is None else json.loads(path.read_text())
+
+
+def adapter_base(name_or_path: str | Path, **source: Any) -> str:
+    """Return the name or path of an adapter's base model.
+
+    Raises:
+        RopeError: If the adapter does not say.
+    """
+    settings = read_adapter_config(name_or_path, **source) or {}
+    if not settings.get("base_model_name_or_path"):
+        raise RopeError(
+            f"the adapter in {str(name_or_path)!r} does not name its base model; load that, and "
+            f"then the adapter onto it with load_adapter."
+        )
+    return str(settings["base_model_name_or_path"])
+
+
+def find_file(name_or_path: str | Path, name: str, **source: Any) -> Path | None:
+    """Return a file of a directory or hub repository; None if it has none."""
+    from transformers.utils import cached_file
+
+    try:
+        path = cached_file(
+            str(name_or_path),
+            name,
+            _raise_exceptions_for_missing_entries=False,
+            _raise_exceptions_for_connection_errors=False,
+            **source,
+        )
+    except OSError:  # no such place, which whoever reads the config tells better
+        return None
+    return None if path is None else Path(path)
+
+
+@contextmanager
+def mark_read() -> Iterator[None]:
+    """Silence PEFT's warning of the mark in the ``with`` block, where the record has been read."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", rf".*{re.escape(MARK)}")
+        yield
+
+
+@contextmanager
+def applied(model: nn.Module, record: dict[str, Any], source: Any) -> Iterator[None]:
+    """Patch a model as recorded, unless it is; undo that on an error in the ``with`` block.
+
+    Raises:
+        RopeError: If the model has another patch or geometry.
+    """
+    patched_before = live_record(model) is not None
     if not patched_before:
         apply_record(model, record)
     try:
-        _require_same_patch(model, record, name_or_path)
-        _require_same_weights(model, trained_on, name_or_path)
-        return PeftModel.from_pretrained(model, name_or_path, **kwargs)  # type: ignore[no-any-return]
+        _require_same_patch(model, record, source)
+        yield
     except BaseException:
         if not patched_before:
             unpatch_model(model)
         raise
-
-
-def weights_record(model: nn.Module) -> dict[str, str] | None:
-    """Return a fingerprint that tells the weights of a base model from others of the same shapes.
-
-    Adapters are ignored. Quantized, sharded or unloaded weights have none, since they cannot be
-    compared with the originals.
-
-    Returns:
-        The dtype and a hash of the first numbers of every weight, or None.
-    """
-    from torch.distributed.tensor import DTensor
-
-    inner: Any = model
-    if hasattr(model, "get_base_model"):
-        inner = inner.get_base_model()
-    digest, dtypes = hashlib.sha256(), set()
-    weights = {_original_name(name): weight for name, weight in inner.named_parameters()}
-    weights.pop("", None)
-    for name, weight in sorted(weights.items()):
-        if weight.is_meta or isinstance(weight, DTensor) or not weight.is_floating_point():
-            return None
-        dtypes.add(str(weight.dtype).removeprefix("torch."))
-        first = weight.detach().flatten()[:HASHED].to("cpu").contiguous().view(torch.uint8)
-        digest.update(name.encode() + first.numpy().tobytes())
-    return {"dtype": ",".join(sorted(dtypes)), "sha256": digest.hexdigest()}
-
-
-def _record(model: nn.Module) -> dict[str, Any] | None:
-    """Return the record of a patched model as it would be read from JSON."""
-    patches = [patch for target in TARGETS if (patch := patch_of(model, target))]
-    record = merge_records([patch.record for patch in patches])
-    return json.loads(json.dumps(record))  # type: ignore[no-any-return]
 
 
 def _read_record(path: Path) -> dict[str, Any]:
@@ -127,8 +150,8 @@ def _read_record(path: Path) -> dict[str, Any]:
     return record
 
 
-def _require_same_patch(model: nn.Module, record: dict[str, Any], source: str | Path) -> None:
-    current = _record(model) or {}
+def _require_same_patch(model: nn.Module, record: dict[str, Any], source: Any) -> None:
+    current = live_record(model) or {}
     differing = [
         name
         for name in {**current, **record}
@@ -137,30 +160,28 @@ def _require_same_patch(model: nn.Module, record: dict[str, Any], source: str | 
     ]
     if differing:
         raise RopeError(
-            f"the adapter in {str(source)!r} does not match this base model: "
+            f"the RoPE recorded in {str(source)!r} does not fit this model: "
             + "; ".join(
                 f"{name} was {record.get(name)!r} in training and is {current.get(name)!r} here"
                 for name in differing
             )
-            + ". Load it with load_pretrained, or onto its unpatched base model."
+            + ". Load it with load_pretrained, or onto the unpatched model."
         )
 
 
 def _require_same_weights(
-    model: nn.Module, trained_on: dict[str, str] | None, source: str | Path
+    model: nn.Module, trained_on: dict[str, Any] | None, source: str | Path
 ) -> None:
     """Compare weights of equal dtype; casting or quantization changes every number."""
-    weights = weights_record(model)
-    same_dtype = trained_on and weights and weights["dtype"] == trained_on["dtype"]
-    if same_dtype and weights != trained_on:
+    if trained_on is None or "hashes" not in trained_on:
+        return
+    weights, hashes = weights_record(model), trained_on["hashes"]
+    if weights is None or weights["dtype"] != trained_on["dtype"]:
+        return
+    # the model may have more: an adapter can hold new values of some
+    lost: Counter[str] = Counter(hashes) - Counter(weights["hashes"])
+    if lost:
         raise RopeError(
-            f"the adapter in {str(source)!r} was trained on a base model with other weights; load "
-            f"it onto that one."
+            f"the adapter in {str(source)!r} was trained on a base model with other weights "
+            f"({lost.total()} of {len(hashes)} differ); load it onto that one."
         )
-
-
-def _original_name(name: str) -> str:
-    """Return the name of a weight without PEFT's additions; empty for an adapter's weight."""
-    if ".lora_" in name or ".modules_to_save." in name:
-        return ""
-    return name.replace(".base_layer.", ".").replace(".original_module.", ".")

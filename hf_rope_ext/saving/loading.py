@@ -1,5 +1,6 @@
 """Load a model, and apply the patch that its config or its adapter records."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -8,43 +9,62 @@ from torch import nn
 
 from hf_rope_ext.errors import RopeError
 from hf_rope_ext.models.family import Config
-from hf_rope_ext.models.rope_config import RECORD, STOP
-from hf_rope_ext.saving.adapters import SOURCE, load_adapter, save_record
-from hf_rope_ext.saving.record import apply_record, merge_records, require_known
+from hf_rope_ext.patching.adapter_record import BASE_WEIGHTS
+from hf_rope_ext.saving.adapters import (
+    SOURCE,
+    adapter_base,
+    applied,
+    load_adapter,
+    mark_read,
+    read_adapter_config,
+    read_adapter_record,
+)
+from hf_rope_ext.saving.configs import CODE, SavedConfig, revert_config
+from hf_rope_ext.saving.configs import read_config as read_config
+from hf_rope_ext.saving.record import apply_record
 
-ROPE = ("rope_scaling", "rope_parameters")
-"""Config keys of the scaling, the older first."""
-INNER = ("thinker_config", "text_config")
-"""Config keys of a text config."""
+NOT_CONFIG = ("dtype", "torch_dtype", "quantization_config", "output_loading_info", "state_dict")
+"""Arguments of ``from_pretrained`` that never become entries of the config."""
+
+PLACE = ("revision", "subfolder")
+"""Arguments of ``from_pretrained`` that an adapter on the hub does not share with its base."""
+
+HEADS = ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS", "FEATURE_EXTRACTION")
+"""PEFT's tasks whose model has another head than the checkpoint of its base."""
 
 
-def load_pretrained(name_or_path: str | Path, **kwargs: Any) -> nn.Module:
+def load_pretrained(
+    name_or_path: str | Path | None, *, model_class: Any = None, **kwargs: Any
+) -> Any:
     """Load a model, or a PEFT adapter with its base model, patched as it was when saved.
 
     Without a record this is plain transformers (or PEFT) loading. Every method can be restored,
     including those that transformers' config cannot express.
 
     Args:
-        name_or_path: Directory or hub id of a model or an adapter.
-        **kwargs: Passed to ``from_pretrained``.
+        name_or_path: Directory or hub id of a model or an adapter; None to build a model from
+            ``config=`` and ``state_dict=``.
+        model_class: The class of the model, or an auto class; by default that which saved it.
+        **kwargs: All that ``from_pretrained`` takes, entries of the config included.
+
+    Returns:
+        The model; with ``output_loading_info=True`` a pair of it and that information.
 
     Raises:
-        RopeError: If there is nothing to load, or the record is not readable.
+        RopeError: If there is nothing to load, the record is not readable, or the class that saved
+            the model is not known and another one does not fit.
     """
-    adapter = Path(name_or_path) / "adapter_config.json"
-    if adapter.is_file():
-        return _load_adapter(Path(name_or_path), **kwargs)
-    settings, record, as_found = _read_config(name_or_path, **kwargs)
-    changed = None if as_found or "config" in kwargs else settings
-    model = _load_model(name_or_path, changed, **kwargs)
-    return model if record is None else apply_record(model, record)
+    source = {key: kwargs[key] for key in SOURCE if key in kwargs}
+    adapter = None if name_or_path is None else read_adapter_config(name_or_path, **source)
+    if adapter is not None and name_or_path is not None:
+        return _load_with_adapter(name_or_path, adapter, model_class, kwargs)
+    return _load(name_or_path, model_class, kwargs)
 
 
 def save_pretrained(model: nn.Module, directory: str | Path, **kwargs: Any) -> None:
     """Save a model, or a PEFT adapter together with the record of its patch.
 
-    A plain model needs only its own ``save_pretrained``: its config holds the record. The files of
-    a PEFT adapter have no room for it, so it is saved next to them.
+    The same as the model's own ``save_pretrained``, with which a patched model writes its record.
 
     Args:
         model: A patched model or the PEFT model around it.
@@ -52,28 +72,35 @@ def save_pretrained(model: nn.Module, directory: str | Path, **kwargs: Any) -> N
         **kwargs: Passed to the model's ``save_pretrained``.
     """
     model.save_pretrained(directory, **kwargs)  # type: ignore[operator]
-    save_record(model, directory)
+
+
+def restore_patch(model: nn.Module, source: str | Path | Config | Mapping[str, Any]) -> nn.Module:
+    """Patch a model that was loaded otherwise as a saved one was.
+
+    Args:
+        model: An unpatched model, from weights and from the config before the patch; or one that
+            already has the patch.
+        source: Directory or hub id of a model or an adapter; or a config, also as a dictionary.
+
+    Returns:
+        ``model``.
+
+    Raises:
+        RopeError: If there is no record, or the model has another patch or geometry. The model is
+            then unchanged.
+    """
+    record = _find_record(source)
+    if record is None:
+        raise RopeError(f"{_named(source)} holds no record of a patch; nothing was changed.")
+    record.pop(BASE_WEIGHTS, None)
+    with applied(model, record, _named(source)):
+        return model
 
 
 def skeleton(config: Config) -> nn.Module:
     """Build the model of a config without weights, on the meta device."""
     with torch.device("meta"):
-        return _model_class(config)._from_config(config)  # type: ignore[no-any-return]
-
-
-def read_config(name_or_path: str | Path, **kwargs: Any) -> tuple[Config, dict[str, Any] | None]:
-    """Return a model's config as before any recorded patch, and the record.
-
-    Raises:
-        RopeError: If there is no readable config.
-    """
-    from transformers import AutoConfig
-    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
-
-    settings, record, as_found = _read_config(name_or_path, **kwargs)
-    if as_found:
-        return AutoConfig.from_pretrained(name_or_path, **kwargs), None
-    return CONFIG_MAPPING[settings["model_type"]].from_dict(settings), record
+        return find_class(config)[0]._from_config(config)  # type: ignore[no-any-return]
 
 
 def load_unpatched(name_or_path: str | Path, *, device: str, dtype: str) -> tuple[nn.Module, Any]:
@@ -87,9 +114,9 @@ def load_unpatched(name_or_path: str | Path, *, device: str, dtype: str) -> tupl
     torch_dtype = getattr(torch, dtype, None)
     if not isinstance(torch_dtype, torch.dtype) or not torch_dtype.is_floating_point:
         raise RopeError(f"dtype must be float32, bfloat16 or float16, got {dtype!r}.")
-    settings, _, _ = _read_config(name_or_path)
+    config, _ = read_config(name_or_path)
     try:
-        model = _load_model(name_or_path, settings, dtype=torch_dtype)
+        model = _build(name_or_path, config, None, {"dtype": torch_dtype})[0]
         return model.to(device), AutoTokenizer.from_pretrained(name_or_path)
     except (OSError, ValueError, RuntimeError) as error:
         reason = str(error).splitlines()[0]
@@ -114,132 +141,178 @@ def load_processor(name_or_path: str | Path) -> Any:
     return processor
 
 
-def _read_config(
-    name_or_path: str | Path, **kwargs: Any
-) -> tuple[dict[str, Any], dict[str, Any] | None, bool]:
-    """Return the settings of a config, the record of a patch, and whether they are as saved.
+def find_class(config: Config, **kwargs: Any) -> tuple[Any, bool]:
+    """Return the class to load a model of a config with, and whether it is the one that saved it.
 
-    The settings are not as saved if a patch was reverted or legacy keys were replaced.
+    Args:
+        config: The config.
+        **kwargs: Arguments of ``from_pretrained``.
+
+    Raises:
+        RopeError: If transformers has none.
     """
-    from transformers import PreTrainedConfig
-
-    source = {key: kwargs[key] for key in SOURCE if key in kwargs}
-    if isinstance(name_or_path, Path) and not name_or_path.is_dir():
-        raise RopeError(f"{str(name_or_path)!r} is not a directory.")
-    try:
-        settings, _ = PreTrainedConfig.get_config_dict(str(name_or_path), **source)
-    except (OSError, ValueError) as error:
-        reason = str(error).splitlines()[0]
-        raise RopeError(
-            f"cannot read a model's config from {str(name_or_path)!r}: {reason}"
-        ) from error
-    if "model_type" not in settings:
-        raise RopeError(
-            f"{str(name_or_path)!r} is not a model: it has no config.json with a model_type."
-        )
-    records: list[dict[str, Any]] = []
-    _restore(settings, records)
-    for record in records:
-        require_known(record, name_or_path)
-    older = _modernize(settings)
-    return settings, merge_records(records), not (records or older)
-
-
-def _modernize(settings: dict[str, Any]) -> bool:
-    """Replace legacy M-RoPE keys by current ones; return whether there were any.
-
-    Older checkpoints give the layout ``"mrope"`` as the type of scaling, which transformers accepts
-    for two families only, or keep it next to the text config, where transformers does not look.
-    """
-    older = False
-    for name in ROPE:
-        for rope in _rope_dicts(settings.get(name)):
-            if rope.get("rope_type", rope.get("type")) == "mrope":
-                rope.pop("type", None)
-                rope["rope_type"] = "default"
-                older = True
-    for inner in (settings.get(name) for name in INNER):
-        if not isinstance(inner, dict):
-            continue
-        beside = [name for name in ROPE if _has_sections(settings.get(name))]
-        if beside and not any(_has_sections(inner.get(name)) for name in ROPE):
-            rope = {
-                **(inner.pop("rope_parameters", None) or {}),
-                **(inner.get("rope_scaling") or {}),
-            }
-            inner["rope_scaling"] = {**settings.pop(beside[0]), **rope}
-            for key in ("rope_theta", "partial_rotary_factor"):
-                if key in settings and key not in rope:
-                    inner.setdefault(key, settings.pop(key))
-            older = True
-        older = _modernize(inner) or older
-    return older
-
-
-def _rope_dicts(rope: Any) -> list[dict[str, Any]]:
-    """Return the individual scalings; nested ``rope_parameters`` hold several."""
-    if not isinstance(rope, dict):
-        return []
-    nested = [value for value in rope.values() if isinstance(value, dict)]
-    return nested or [rope]
-
-
-def _has_sections(rope: Any) -> bool:
-    return any("mrope_section" in part for part in _rope_dicts(rope))
-
-
-def _restore(settings: dict[str, Any], records: list[dict[str, Any]]) -> None:
-    """Revert a config, and those inside it, to their settings before the patch."""
-    if str(settings.get(STOP)).startswith(RECORD):
-        del settings[STOP]
-    record = settings.pop(RECORD, None)
-    if record is not None:
-        records.append(record)
-        settings.update(record.get("unscaled", {}))
-    for value in settings.values():
-        if isinstance(value, dict):
-            _restore(value, records)
-
-
-def _load_model(
-    name_or_path: str | Path, settings: dict[str, Any] | None, **kwargs: Any
-) -> nn.Module:
-    from transformers import AutoConfig
-    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
-
-    if settings is None:
-        config = kwargs.pop("config", None) or AutoConfig.from_pretrained(name_or_path, **kwargs)
-    else:
-        config = CONFIG_MAPPING[settings["model_type"]].from_dict(settings)
-    model: nn.Module = _model_class(config).from_pretrained(name_or_path, config=config, **kwargs)
-    return model
-
-
-def _load_adapter(directory: Path, **kwargs: Any) -> nn.Module:
-    """Load an adapter and its base model, patched as the record of the adapter says."""
-    from peft import PeftConfig
-
-    base = load_pretrained(PeftConfig.from_pretrained(directory).base_model_name_or_path, **kwargs)
-    return load_adapter(base, directory)
-
-
-def _model_class(config: Config) -> Any:
-    """Return the class a checkpoint was saved from, or else the first that an auto class maps."""
     import transformers
+    from transformers.models.auto import modeling_auto
 
-    for name in getattr(config, "architectures", None) or ():
+    saved_by = getattr(config, "architectures", None) or ()
+    remote = getattr(config, "auto_map", None) or {}
+    if kwargs.get("trust_remote_code"):
+        autos = [name for name in remote if name.startswith("AutoModel")]
+        exact = [name for name in autos if remote[name].rpartition(".")[2] in saved_by]
+        if autos:
+            return getattr(transformers, (exact or autos)[0]), bool(exact)
+    for name in saved_by:
         if hasattr(transformers, name):
-            return getattr(transformers, name)
-    for auto in (
-        # first, since some composite configs are also mapped to the class of their text model
+            return getattr(transformers, name), True
+    first = (
+        # before others, since some composite configs are also mapped to the class of their text
         transformers.AutoModelForImageTextToText,
         transformers.AutoModelForMultimodalLM,
         transformers.AutoModelForCausalLM,
         transformers.AutoModelForSeq2SeqLM,
         transformers.AutoModelForMaskedLM,
         transformers.AutoModel,
-    ):
-        model_class = auto._model_mapping.get(type(config), None)
-        if model_class is not None:
-            return model_class[0] if isinstance(model_class, tuple | list) else model_class
-    raise RopeError(f"transformers has no model for model_type={config.model_type!r}.")
+    )
+    others = [own for name, own in vars(modeling_auto).items() if name.startswith("AutoModel")]
+    known: list[Any] = []
+    for auto in (*first, *others):
+        mapped = getattr(auto, "_model_mapping", {}).get(type(config), None)
+        known += mapped if isinstance(mapped, tuple | list) else [mapped] if mapped else []
+    for one in known:
+        if one.__name__ in saved_by:
+            return one, True
+    if not known:
+        raise RopeError(
+            f"transformers has no model for model_type={config.model_type!r}; pass model_class, or "
+            f"trust_remote_code=True if its code comes with it."
+        )
+    return known[0], False
+
+
+def _load(name_or_path: str | Path | None, model_class: Any, kwargs: dict[str, Any]) -> Any:
+    """Load a model without adapters."""
+    wants_information = kwargs.get("output_loading_info", False)
+    config, record, kwargs = _read(name_or_path, kwargs)
+    model, information = _build(name_or_path, config, model_class, kwargs)
+    if record is not None:
+        apply_record(model, record)
+    return (model, information) if wants_information else model
+
+
+def _read(
+    name_or_path: str | Path | None, kwargs: dict[str, Any]
+) -> tuple[Config, dict[str, Any] | None, dict[str, Any]]:
+    """Return the config as before any patch, the record, and the arguments that remain."""
+    from transformers import AutoConfig, PreTrainedConfig
+
+    given = kwargs.get("config")
+    if isinstance(given, PreTrainedConfig):
+        rest = {key: value for key, value in kwargs.items() if key != "config"}
+        config, record = revert_config(given)
+        if record is None and name_or_path is not None:
+            record = _record_of_model(name_or_path, kwargs)
+        return config, record, rest
+    place = given or name_or_path
+    if place is None:
+        raise RopeError("pass a directory or hub id, or config= and state_dict=.")
+    kept = {key: kwargs[key] for key in NOT_CONFIG if key in kwargs}
+    entries = {key: value for key, value in kwargs.items() if key not in (*kept, "config")}
+    source = {key: kwargs[key] for key in (*CODE, "gguf_file") if key in kwargs}
+    saved = SavedConfig.read(place, **kwargs)
+    if saved.as_found:
+        known = AutoConfig.from_pretrained(place, return_unused_kwargs=True, **entries)
+    else:
+        own = saved.config_class(place, **kwargs)
+        known = own.from_dict(saved.settings, return_unused_kwargs=True, **entries)
+    config, rest = known
+    return config, saved.record, {**rest, **source, **kept}
+
+
+def _build(
+    name_or_path: str | Path | None, config: Config, model_class: Any, kwargs: dict[str, Any]
+) -> tuple[Any, dict[str, Any]]:
+    """Load the weights; return the model and what was found of its weights.
+
+    Raises:
+        RopeError: If the class is a guess and some of its weights were not saved.
+    """
+    found, exact = (model_class, True) if model_class else find_class(config, **kwargs)
+    arguments = {**kwargs, "output_loading_info": True}
+    place = None if name_or_path is None else str(name_or_path)
+    model, information = found.from_pretrained(place, config=config, **arguments)
+    missing = sorted(information["missing_keys"])
+    if missing and not exact:
+        saved_by = ", ".join(getattr(config, "architectures", None) or ["an unknown class"])
+        raise RopeError(
+            f"{place!r} was saved by {saved_by}, and {found.__name__} would start with random "
+            f"weights ({', '.join(missing[:3])}); pass model_class."
+        )
+    return model, information
+
+
+def _load_with_adapter(
+    name_or_path: str | Path, settings: dict[str, Any], model_class: Any, kwargs: dict[str, Any]
+) -> Any:
+    """Load an adapter and its base model, patched as the record of the adapter says."""
+    local = Path(name_or_path)
+    if (local / "config.json").is_file():
+        return _load_beside(local, model_class, kwargs)
+    own = {} if local.is_dir() else {key: kwargs[key] for key in SOURCE if key in kwargs}
+    shared = {key: value for key, value in kwargs.items() if not own or key not in PLACE}
+    base = adapter_base(name_or_path, **own)
+    loaded = load_pretrained(base, model_class=model_class or _class_of_base(settings), **shared)
+    if kwargs.get("output_loading_info"):
+        model, information = loaded
+        return load_adapter(model, name_or_path, **own), information
+    return load_adapter(loaded, name_or_path, **own)
+
+
+def _load_beside(directory: Path, model_class: Any, kwargs: dict[str, Any]) -> Any:
+    """Load a model whose adapter lies in the same directory, which transformers loads with it."""
+    record = read_adapter_record(directory)
+    with mark_read():
+        loaded = _load(directory, model_class, kwargs)
+    if record is not None:
+        record.pop(BASE_WEIGHTS, None)
+        model = loaded[0] if kwargs.get("output_loading_info") else loaded
+        with applied(model, record, directory):
+            pass
+    return loaded
+
+
+def _class_of_base(settings: Mapping[str, Any]) -> Any:
+    """Return the class that an adapter was trained on, as far as it says so."""
+    import peft
+    import transformers
+
+    named = (settings.get("auto_mapping") or {}).get("base_model_class")
+    task = settings.get("task_type")
+    if task in HEADS:
+        own = peft.MODEL_TYPE_TO_PEFT_MODEL_MAPPING[task]
+        for auto in vars(peft).values():
+            if getattr(auto, "_target_peft_class", None) is own:
+                return auto._target_class
+    return getattr(transformers, named, None) if named else None
+
+
+def _record_of_model(name_or_path: str | Path, kwargs: dict[str, Any]) -> dict[str, Any] | None:
+    """Return the record in the config beside some weights; None if there is no config."""
+    try:
+        return SavedConfig.read(name_or_path, **kwargs).record
+    except RopeError:
+        return None
+
+
+def _find_record(source: str | Path | Config | Mapping[str, Any]) -> dict[str, Any] | None:
+    """Return the record that a directory or a config holds."""
+    if isinstance(source, Mapping):
+        return SavedConfig.from_settings({**source}, "the config").record
+    if not isinstance(source, str | Path):
+        return revert_config(source)[1]
+    if read_adapter_config(source) is not None:
+        return read_adapter_record(source)
+    return SavedConfig.read(source).record
+
+
+def _named(source: Any) -> str:
+    return str(source) if isinstance(source, str | Path) else "the config"

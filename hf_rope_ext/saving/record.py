@@ -1,6 +1,5 @@
 """Validate the record of a patch, which configs and adapters store, and apply it."""
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,15 +17,6 @@ RECORD_VERSION = 1
 def recorded_method(record: dict[str, Any]) -> Method:
     """Return the method of a record."""
     return method_from_record(record["method"])
-
-
-def merge_records(records: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
-    """Combine the records of a model's text and vision into one; None if there is none."""
-    text = [record for record in records if record.get("target") != "vision"]
-    vision = [record for record in records if record.get("target") == "vision"]
-    if text and vision:
-        return {**text[0], "vision": vision[0]}
-    return next(iter([*text, *vision]), None)
 
 
 def apply_record(model: nn.Module, record: dict[str, Any]) -> nn.Module:

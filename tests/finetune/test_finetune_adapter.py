@@ -26,7 +26,7 @@ from hf_rope_ext.finetune import (
     load_adapter,
     merge_adapter,
 )
-from hf_rope_ext.saving.adapters import ADAPTER_RECORD
+from hf_rope_ext.patching.adapter_record import ADAPTER_RECORD
 
 
 @pytest.fixture
@@ -146,9 +146,10 @@ def test_an_adapter_comes_back_with_its_rope(tmp_path, base, ids, adapter, metho
         ),
     ):
         torch.testing.assert_close(logits(found.eval(), ids), expected, rtol=0, atol=0)
-    forgetful = PeftModel.from_pretrained(
-        AutoModelForCausalLM.from_pretrained(base), tmp_path / "adapter"
-    )
+    with pytest.warns(UserWarning, match="load it with hf_rope_ext"):
+        forgetful = PeftModel.from_pretrained(
+            AutoModelForCausalLM.from_pretrained(base), tmp_path / "adapter"
+        )
     assert (logits(forgetful.eval(), ids) - expected).abs().max() > 0.1
 
 

@@ -30,7 +30,7 @@ from safetensors.torch import load_file
 from hf_rope_ext import RopeError, load_pretrained
 from hf_rope_ext.finetune import finetune
 from hf_rope_ext.finetune.evaluation import Evaluation
-from hf_rope_ext.saving.adapters import ADAPTER_RECORD
+from hf_rope_ext.patching.adapter_record import ADAPTER_RECORD
 
 CONFIGS = HERE.parent / "examples" / "finetune"
 

@@ -314,7 +314,9 @@ def test_the_patches_above_hold_every_kind_of_change(monkeypatch):
                     if isinstance(change, SetAttributes):
                         attributes |= set(change.values)
 
-    assert kinds == {"SwapRotary", "SetAttributes", "AddHooks", "ShiftedAttention"}
+    assert kinds == {
+        "SwapRotary", "SetAttributes", "AddHooks", "ShiftedAttention", "RecordAdapters",
+    }  # fmt: skip
     assert attributes >= {
         "scaling",
         "generate",

@@ -126,6 +126,22 @@ def test_a_record_of_a_newer_version_is_refused(llama, tmp_path):
         load_pretrained(tmp_path)
 
 
+@pytest.mark.parametrize("model_type", ["gemma3_text", "llama"])
+def test_bounds_that_are_not_rounded_stay_so_in_every_layer_type(model_type, tmp_path):
+    """Stock code reads `truncate` where the parameters are flat, and not by layer type."""
+    rounded, exact = zoo.build(model_type), zoo.build(model_type)
+    inputs = zoo.inputs(exact, length=100)
+    patch_model(rounded, "yarn", factor=4)
+    patch_model(exact, "yarn", factor=4, truncate=False)
+    expected = zoo.run(exact, **inputs)
+    assert relative(zoo.run(rounded, **inputs), expected) > 1e-2
+    exact.save_pretrained(tmp_path)
+
+    found = type(exact).from_pretrained(tmp_path)
+
+    assert relative(zoo.run(found, **inputs), expected) < 1e-4
+
+
 # a tiny one cannot be saved and loaded by stock transformers, patched or not
 NOT_LOADED = {"gradium_phonon_tts", "shieldgemma2"}
 # one of each kind of config, and those of the core suite

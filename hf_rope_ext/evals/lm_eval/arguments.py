@@ -9,6 +9,7 @@ from lm_eval.models.huggingface import HFLM
 from hf_rope_ext.errors import RopeError
 from hf_rope_ext.methods import knobs, split_name
 from hf_rope_ext.patching.patch import patch_model
+from hf_rope_ext.saving.adapters import adapter_base
 
 PATCH_ARGUMENTS = frozenset(inspect.signature(patch_model).parameters) - {"model", "method_knobs"}
 
@@ -45,10 +46,8 @@ def require_effect(arguments: dict[str, Any]) -> None:
 
 def base_of(adapter: str, arguments: dict[str, Any]) -> str:
     """Return the base model of an adapter, and add the adapter to the arguments."""
-    from peft import PeftConfig
-
     if arguments.setdefault("peft", adapter) != adapter:
         raise RopeError(f"{adapter!r} is an adapter itself; it takes no peft.")
     if (Path(adapter) / "tokenizer_config.json").is_file():
         arguments.setdefault("tokenizer", adapter)
-    return str(PeftConfig.from_pretrained(adapter).base_model_name_or_path)
+    return adapter_base(adapter)

@@ -11,6 +11,7 @@ from hf_rope_ext.evals.lm_eval.arguments import PATCH_ARGUMENTS
 from hf_rope_ext.evals.registry import require_known
 from hf_rope_ext.models.sites import read_sites
 from hf_rope_ext.parsing import parse_lengths
+from hf_rope_ext.saving.adapters import adapter_base
 from hf_rope_ext.saving.loading import read_config, skeleton
 
 LENGTHS = ("1x", "2x", "4x")
@@ -145,9 +146,7 @@ def _base(name: str) -> str:
     """Return the base model of an adapter, or the model itself."""
     if not (Path(name) / "adapter_config.json").is_file():
         return name
-    from peft import PeftConfig
-
-    return str(PeftConfig.from_pretrained(name).base_model_name_or_path)
+    return adapter_base(name)
 
 
 def _require_reach(metadata: Mapping[str, Any], longest: int) -> None:
