@@ -1,5 +1,6 @@
 """The commands of ``hf-rope``, and how it reports errors."""
 
+import os
 import sys
 
 import typer
@@ -26,10 +27,19 @@ app.command(context_settings=PASS_THROUGH)(training.finetune)
 app.command()(training.merge)
 
 
+DEBUG = "HF_ROPE_DEBUG"
+"""Environment variable under which an error ends in its traceback."""
+
+
 def main() -> None:
     """Run the command; report an error as one line on stderr and exit status 2."""
     try:
         app()
-    except RopeError as error:
-        print(f"hf-rope: error: {error}", file=sys.stderr)
+    except Exception as error:
+        if os.environ.get(DEBUG):
+            raise
+        text = " ".join(str(error).split())
+        if not isinstance(error, RopeError):  # raised by a library, so its type is half the message
+            text = f"{type(error).__name__}: {text} ({DEBUG}=1 shows the traceback)"
+        print(f"hf-rope: error: {text}", file=sys.stderr)
         sys.exit(2)

@@ -13,11 +13,15 @@ from hf_rope_ext.cli.options import (
     Factor,
     Methods,
     Model,
-    bundled_model,
     console,
+    model_or_bundled,
+    patch_words,
     print_json,
     print_line,
+    read_model_config,
+    require_device,
 )
+from hf_rope_ext.errors import AlreadyScaledError
 from hf_rope_ext.parsing import parse_lengths, parse_methods, split_tasks
 
 Text = Annotated[Path | None, typer.Option(help="A long UTF-8 text.")]
@@ -53,9 +57,9 @@ def compare(
     max_minutes: Minutes = None,
     device: Annotated[str, typer.Option(help="Device to run the model on.")] = "cpu",
     dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
-    replace: Annotated[bool, typer.Option(help="Replace the scaling in the model's config.")] = (
-        False
-    ),
+    replace: Annotated[
+        bool, typer.Option(help="Replace the scaling in the model's config, or its saved patch.")
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
     """Compare methods on tasks at several lengths; by default, perplexity and pass keys.
@@ -77,12 +81,20 @@ def compare(
         return
     chosen = parse_methods(methods, factor)
     chosen_tasks = split_tasks(tasks)
+    source = model_or_bundled(model)
     words = "" if model and not text else read_text(text or TEXT)
-    loaded, tokenizer = load_unpatched(model or bundled_model(), device=device, dtype=dtype)
+    require_device(device)
+    _, record = read_model_config(model)
+    if record is not None and not replace:
+        raise AlreadyScaledError(
+            f"{source!r} was saved with a patch ({patch_words(record)}), and methods are compared "
+            f"without it: pass --replace to compare them in its place."
+        )
+    loaded, tokenizer = load_unpatched(source, device=device, dtype=dtype)
     trained = text_site(loaded.config).geometry.original_max_position_embeddings
     processor = None
     if needs_processor(chosen_tasks):
-        processor = load_processor(model or bundled_model())
+        processor = load_processor(source)
     comparison = Comparison(
         model=loaded,
         tokenizer=tokenizer,

@@ -15,12 +15,14 @@ from hf_rope_ext.cli.options import (
     Methods,
     Model,
     Original,
-    bundled_model,
     console,
+    model_or_bundled,
+    patch_words,
     print_json,
     print_line,
     read_model_config,
     require_extra,
+    writing,
 )
 from hf_rope_ext.errors import RopeError
 from hf_rope_ext.parsing import parse_lengths, parse_methods, parse_size
@@ -46,7 +48,7 @@ def inspect(
     """Show a model's RoPE: geometry, pairs, wavelengths and built-in scaling."""
     from hf_rope_ext.planning.extension import inspect_config
 
-    inspections = inspect_config(read_model_config(model))
+    inspections = inspect_config(*read_model_config(model))
     if as_json:
         print_json([inspection.to_dict() for inspection in inspections])
         return
@@ -84,13 +86,13 @@ def plan(
     has_request = bool(image or video or text)
     if has_request == (target is not None):
         raise RopeError("give either --target, or a request: --image, --video and --text.")
-    config = read_model_config(model)
+    config, _ = read_model_config(model)
     site = text_site(config, original)
     trained = site.geometry.original_max_position_embeddings
     request = None
     if target is None:
         request = visual_length(
-            model or bundled_model(),
+            model_or_bundled(model),
             images=[parse_size(size) for size in image or () for _ in range(images)],
             videos=[Video(parse_size(size), frames, fps) for size in video or ()],
             text=text,
@@ -134,10 +136,9 @@ def export(
     """Print the settings that make another engine compute a method on a model."""
     from hf_rope_ext.planning.extension import text_site
     from hf_rope_ext.saving.engines import export as export_method
-    from hf_rope_ext.saving.loading import read_config
     from hf_rope_ext.saving.record import recorded_method
 
-    config, record = read_config(model or bundled_model())
+    config, record = read_model_config(model)
     if record is not None and "vision" in (record.get("target"), *record):
         raise RopeError(
             f"{model!r} was saved with a patched vision tower, which {to} cannot express; unpatch "
@@ -169,6 +170,7 @@ def export(
         print(f"note: {note}", file=sys.stderr)
 
 
+@require_extra("plot")
 def plot(
     output: Annotated[Path, typer.Option(help="PNG file to write.")],
     model: Model = None,
@@ -178,15 +180,16 @@ def plot(
     as_json: AsJson = False,
 ) -> None:
     """Plot how methods slow a model's pairs, and how attention decays with distance."""
+    from hf_rope_ext.evals.plots import plot_curves
     from hf_rope_ext.planning.extension import curves, text_site
 
-    geometry = text_site(read_model_config(model), original).geometry
+    geometry = text_site(read_model_config(model)[0], original).geometry
     data = curves(geometry, parse_methods(methods, factor), factor)
     if as_json:
         print_json(data)
-    with require_extra("plot"):
-        from hf_rope_ext.evals.plots import plot_curves
-    plot_curves(data, output)
+    with writing(output):
+        output.parent.mkdir(parents=True, exist_ok=True)
+        plot_curves(data, output)
     if not as_json:
         print_line(f"wrote {output}")
 
@@ -202,6 +205,7 @@ def _inspection_table(inspection: Any) -> Table:
         "rotated / head": f"{inspection.rotary_dim} / {inspection.head_dim or '?'} coordinates",
         "trained length": f"{trained or 'not in the config'}",
         "scaling": inspection.scaling.get("rope_type"),
+        "saved patch": inspection.patch and patch_words(inspection.patch),
         "fastest pair": f"one turn in {turning[0]:.4g} positions",
         "slowest pair": f"one turn in {turning[-1]:.6g} positions",
         "never finish a turn": f"{inspection.unfinished_pairs} of {len(inspection.wavelengths)} "
@@ -249,6 +253,7 @@ def _print_extension(extension: Any, pairs: int) -> None:
     console.print(table)
     for note in extension.advice:
         print_line(f"note: {note}")
-    print_line("yarn for other engines:")
+    if extension.exported is not None:
+        print_line(f"{extension.exported} for other engines:")
     for engine, line in extension.exports.items():
         print_line(f"  {engine}: {line}")

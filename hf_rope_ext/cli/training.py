@@ -1,6 +1,7 @@
 """Commands that train: finetune and merge."""
 
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Annotated
 
@@ -9,14 +10,16 @@ from rich.table import Table
 
 from hf_rope_ext.cli.options import (
     AsJson,
-    bundled_model,
     console,
+    model_or_bundled,
     print_json,
     print_line,
     require_extra,
+    require_filled,
 )
 
 
+@require_extra("finetune")
 def finetune(
     context: typer.Context,
     fields: Annotated[bool, typer.Option("--fields", help="List the fields of a recipe.")] = False,
@@ -29,10 +32,8 @@ def finetune(
     run continues from its last checkpoint.
     """
     from hf_rope_ext.assets import TEXT
-
-    with require_extra("finetune"):
-        from hf_rope_ext.finetune.recipe import describe_flags, parse
-        from hf_rope_ext.finetune.run import finetune as run
+    from hf_rope_ext.finetune.recipe import describe_flags, parse
+    from hf_rope_ext.finetune.run import finetune as run
 
     if fields:
         table = Table("field", "default", "what it says")
@@ -41,10 +42,13 @@ def finetune(
         console.print(table)
         return
     words = context.args
+    for flag in ("--model", "--data"):
+        if f"{flag}=" in words or (flag, "") in pairwise(words):
+            require_filled(flag, "")
     config = Path(words[0]) if words and not words[0].startswith("-") else None
     recipe, training = parse(words[config is not None :], config)
     if not recipe.model:
-        recipe = replace(recipe, model=bundled_model(), data=recipe.data or str(TEXT))
+        recipe = replace(recipe, model=model_or_bundled(None), data=recipe.data or str(TEXT))
     done = run(recipe, training)
     if not training.should_save:
         return
@@ -59,6 +63,7 @@ def finetune(
     print_line(f"wrote {done.directory}")
 
 
+@require_extra("finetune")
 def merge(
     adapter: Annotated[Path, typer.Argument(help="Directory of a fine-tuned adapter.")],
     output: Annotated[Path, typer.Argument(help="Directory for the merged model.")],
@@ -67,8 +72,7 @@ def merge(
     ] = None,
 ) -> None:
     """Merge an adapter into its base model, with its RoPE in the plain config."""
-    with require_extra("finetune"):
-        from hf_rope_ext.finetune.merge import merge_adapter
+    from hf_rope_ext.finetune.merge import merge_adapter
 
     merge_adapter(adapter, output, frozen=frozen)
     print_line(f"wrote {output}")

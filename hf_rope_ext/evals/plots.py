@@ -64,7 +64,7 @@ def plot_curves(curves: dict[str, Any], path: Path) -> None:
 
     Args:
         curves: Result of `hf_rope_ext.planning.extension.curves`.
-        path: PNG file to write.
+        path: File to write, PNG without a suffix.
     """
     figure = Figure(figsize=(11, 4.2), layout="constrained")
     left, right = figure.subplots(1, 2)
@@ -82,4 +82,4 @@ def plot_curves(curves: dict[str, Any], path: Path) -> None:
     right.set_xlabel("distance in positions (dashed: trained length)")
     right.set_title("bound on attention, relative to distance 0")
     right.legend()
-    figure.savefig(path, dpi=120)
+    figure.savefig(path, dpi=120, format=path.suffix[1:] or "png")

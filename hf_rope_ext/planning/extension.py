@@ -11,7 +11,7 @@ from torch import Tensor
 
 from hf_rope_ext.errors import RopeError
 from hf_rope_ext.geometry import RopeGeometry
-from hf_rope_ext.methods import Method, Yarn
+from hf_rope_ext.methods import Method, NoScaling, Yarn
 from hf_rope_ext.models.family import Config, setting
 from hf_rope_ext.models.sites import RopeSite, read_sites, window
 from hf_rope_ext.rotary.axes import read_axes
@@ -27,7 +27,8 @@ class Inspection:
         model_type: Of the text model.
         path: Of the rotary module.
         layer_type: The layer type it serves; None for all.
-        scaling: The scaling in the model's config, as ``rope_parameters``.
+        scaling: The scaling that the model was trained with, as ``rope_parameters``.
+        patch: The record of the patch that the model was saved with, None without one.
         rope_theta: The base.
         rotary_dim: Rotated dimensions of a head.
         head_dim: All dimensions of a head.
@@ -51,6 +52,7 @@ class Inspection:
     turns: list[float]
     unfinished_pairs: int
     window: int | None
+    patch: Mapping[str, Any] | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain JSON data."""
@@ -81,13 +83,17 @@ class Effect:
     nearest: float
 
 
-def inspect_config(config: Config) -> list[Inspection]:
+def inspect_config(config: Config, patch: Mapping[str, Any] | None = None) -> list[Inspection]:
     """Return what a model's config says about its rotary embeddings.
+
+    Args:
+        config: The config as before any recorded patch.
+        patch: The record of the patch, as `hf_rope_ext.saving.loading.read_config` returns it.
 
     Raises:
         RopeError: If it describes no model with a rotary embedding.
     """
-    return [_inspect(site) for site in read_sites(skeleton(config))]
+    return [_inspect(site, patch) for site in read_sites(skeleton(config))]
 
 
 def text_site(config: Config, original_max_position_embeddings: int | None = None) -> RopeSite:
@@ -175,7 +181,9 @@ class ExtensionPlan:
         cache_bytes: Size of the keys and values of one sequence of the target length.
         effects: Effect of each method on the pairs, by label.
         advice: The vendor's advice on these methods, and other caveats.
-        exports: How to configure each engine for YaRN with this factor, or why it is impossible.
+        exported: The method of ``exports``: YaRN if it is among the methods, or else the first that
+            changes the model; None if none does.
+        exports: How to configure each engine for that method, or why it is impossible.
     """
 
     trained_length: int
@@ -184,6 +192,7 @@ class ExtensionPlan:
     cache_bytes: int
     effects: dict[str, Effect]
     advice: tuple[str, ...]
+    exported: str | None
     exports: dict[str, str]
 
 
@@ -212,20 +221,9 @@ def plan_extension(
     if target <= trained:
         raise RopeError(f"the target {target} is within the trained length {trained}.")
     factor = target / trained
-    exports = {}
-    for engine in TARGETS:
-        try:
-            exported = export(
-                config,
-                engine,
-                method=Yarn(factor),
-                replace=True,
-                original_max_position_embeddings=trained,
-            )
-        except RopeError as error:
-            exports[engine] = f"not expressible: {error}"
-        else:
-            exports[engine] = exported.command_line or json.dumps(exported.config)
+    changing = [label for label, method in methods.items() if not isinstance(method, NoScaling)]
+    chosen = next((label for label in changing if type(methods[label]) is Yarn), None)
+    chosen = chosen or next(iter(changing), None)
     return ExtensionPlan(
         trained_length=trained,
         target_length=target,
@@ -233,8 +231,28 @@ def plan_extension(
         cache_bytes=cache_bytes(site.config, tokens or target, number_bytes),
         effects={label: effect(method, site.geometry, target) for label, method in methods.items()},
         advice=_advice(site, methods.values(), target, tokens or target),
-        exports=exports,
+        exported=chosen,
+        exports={} if chosen is None else _exports(config, methods[chosen], trained),
     )
+
+
+def _exports(config: Config, method: Method, trained: int) -> dict[str, str]:
+    """Return how to configure each engine for a method, or why it is impossible."""
+    exports = {}
+    for engine in TARGETS:
+        try:
+            exported = export(
+                config,
+                engine,
+                method=method,
+                replace=True,
+                original_max_position_embeddings=trained,
+            )
+        except RopeError as error:
+            exports[engine] = f"not expressible: {error}"
+        else:
+            exports[engine] = exported.command_line or json.dumps(exported.config)
+    return exports
 
 
 def curves(geometry: RopeGeometry, methods: Mapping[str, Method], factor: float) -> dict[str, Any]:
@@ -270,7 +288,7 @@ def _advice(site: RopeSite, methods: Iterable[Method], target: int, tokens: int)
     return tuple(dict.fromkeys(notes))
 
 
-def _inspect(site: RopeSite) -> Inspection:
+def _inspect(site: RopeSite, patch: Mapping[str, Any] | None) -> Inspection:
     geometry = site.geometry
     trained = geometry.original_max_position_embeddings
     inv_freq = geometry.inv_freq()
@@ -288,6 +306,7 @@ def _inspect(site: RopeSite) -> Inspection:
         turns=turns.tolist(),
         unfinished_pairs=int(((turns < 1) & (inv_freq > 0)).sum()) if trained else 0,
         window=window(site.config),
+        patch=patch,
     )
 
 

@@ -1,14 +1,17 @@
 """The `hf-rope` command, as a user types it."""
 
 import json
+import shutil
 import subprocess
 import sys
+from importlib.metadata import PackageNotFoundError, version
 
 import pytest
 import torch
 import zoo
 from conftest import tiny_llama
 from evaluating import TEXT, make_tokenizer
+from peft import LoraConfig, get_peft_model
 
 from hf_rope_ext import patch_model
 from hf_rope_ext.cli.app import main
@@ -250,6 +253,205 @@ def test_an_error_is_one_line_and_exit_status_2(run, model, text, tmp_path, word
     assert len(err.strip().splitlines()) == 1
     assert err.startswith("hf-rope: error: ")
     assert not (tmp_path / "report").exists()
+
+
+def _rewrite(directory, **settings):
+    path = directory / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **settings}))
+
+
+BROKEN = {
+    "corrupt weights": lambda path: (path / "model.safetensors").write_bytes(b"no tensors" * 9),
+    "no weights": lambda path: (path / "model.safetensors").unlink(),
+    "no tokenizer": lambda path: (path / "tokenizer.json").unlink(),
+    "own code": lambda path: _rewrite(
+        path, model_type="mine", auto_map={"AutoConfig": "configuration_mine.Mine"}
+    ),
+    "unknown model type": lambda path: _rewrite(path, model_type="mine"),
+    "length in words": lambda path: _rewrite(path, max_position_embeddings="abc"),
+    "unknown rope type": lambda path: _rewrite(
+        path, rope_parameters={"rope_type": "banana", "rope_theta": 1e4}
+    ),
+    "config of another kind": lambda path: (path / "config.json").write_text("[1]"),
+}
+READERS = {
+    "inspect": (),
+    "plan": ("--target", "4x"),
+    "export": ("--method", "yarn", "--factor", "4"),
+    "plot": ("--output", "{tmp}/curves.png"),
+    "compare": ("--methods", "none", "--lengths", "128", "--text", "{text}", "--output", "{tmp}/r"),
+}
+ABOUT_WEIGHTS = ("corrupt weights", "no weights", "no tokenizer")
+
+
+@pytest.mark.filterwarnings("ignore")  # transformers deprecates some of this
+@pytest.mark.parametrize("fault", BROKEN)
+@pytest.mark.parametrize("command", READERS)
+def test_whatever_is_wrong_with_a_model_is_one_line_and_exit_status_2(
+    run, model, text, tmp_path, monkeypatch, command, fault
+):
+    broken = tmp_path / "broken"
+    shutil.copytree(model, broken)
+    BROKEN[fault](broken)
+    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("the command asked a question"))
+    words = [word.format(tmp=tmp_path, text=text) for word in READERS[command]]
+
+    status, _, err = run(command, broken, *words)
+
+    if fault in ABOUT_WEIGHTS and command != "compare":
+        assert status == 0
+        return
+    assert status == 2
+    (line,) = err.strip().splitlines()
+    assert line.startswith("hf-rope: error: ")
+    assert len(line) > len("hf-rope: error: KeyError: ''")
+
+
+def test_a_traceback_is_shown_on_request_alone(run, model, tmp_path, monkeypatch):
+    shutil.copytree(model, tmp_path / "broken")
+    BROKEN["unknown rope type"](tmp_path / "broken")
+    monkeypatch.setenv("HF_ROPE_DEBUG", "1")
+
+    with pytest.raises(Exception, match="banana"):
+        run("inspect", tmp_path / "broken")
+
+
+@pytest.mark.parametrize("device", ["cuda:99", "banana", "meta2"])
+def test_a_device_that_is_not_there_is_told_before_the_model_is_loaded(
+    run, model, text, monkeypatch, device
+):
+    monkeypatch.setattr(
+        "hf_rope_ext.saving.loading.load_unpatched", lambda *_, **__: pytest.fail("it was loaded")
+    )
+
+    status, _, err = run("compare", model, "--text", text, "--device", device)
+
+    assert status == 2
+    assert f"--device {device!r} cannot be used here" in err
+
+
+@pytest.mark.parametrize("command", READERS)
+def test_an_empty_model_is_not_taken_for_the_bundled_one(run, text, tmp_path, command):
+    words = [word.format(tmp=tmp_path, text=text) for word in READERS[command]]
+
+    status, out, err = run(command, "", *words)
+
+    assert (status, out) == (2, "")
+    assert "MODEL is empty" in err
+
+
+@pytest.mark.parametrize("flag", ["--model", "--data"])
+def test_an_empty_field_of_a_recipe_is_not_taken_for_the_bundled_one(run, tmp_path, flag):
+    for words in ((flag, ""), (f"{flag}=",)):
+        status, _, err = run("finetune", *words, "--output_dir", tmp_path / "run")
+
+        assert status == 2
+        assert f"{flag} is empty" in err
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("command", "extra", "lacks"),
+    [
+        (("finetune", "--model", "{model}"), "finetune", "accelerate"),
+        (("merge", "{model}", "{tmp}/merged"), "finetune", "peft"),
+        (("plot", "{model}", "--output", "{tmp}/curves.png"), "plot", "matplotlib"),
+    ],
+)
+def test_a_missing_package_is_told_by_our_extra(
+    run, model, tmp_path, monkeypatch, command, extra, lacks
+):
+    """Some packages are missed by transformers, on a page that ends in an extra of its own."""
+
+    def absent(name):
+        if name == lacks:
+            raise PackageNotFoundError(name)
+        return version(name)
+
+    def fail(*_, **__):
+        raise ImportError(f"This needs `{lacks}`.\n\nPlease run `pip install transformers[torch]`")
+
+    monkeypatch.setattr("hf_rope_ext.cli.options.version", absent)
+    monkeypatch.setattr("hf_rope_ext.finetune.recipe.parse", fail)
+    monkeypatch.setattr("hf_rope_ext.finetune.merge.merge_adapter", fail)
+    monkeypatch.setattr("hf_rope_ext.evals.plots.plot_curves", fail)
+
+    status, _, err = run(*(word.format(model=model, tmp=tmp_path) for word in command))
+
+    assert status == 2
+    assert err.startswith(f"hf-rope: error: {lacks}")
+    assert err.strip().endswith(f"missing: pip install 'hf-rope-ext[{extra}]'")
+
+
+def test_a_plot_makes_its_directory_and_says_what_it_cannot_write(run, model, tmp_path):
+    assert run("plot", model, "--output", tmp_path / "new" / "place" / "curves")[0] == 0
+    assert (tmp_path / "new" / "place" / "curves").read_bytes().startswith(b"\x89PNG")
+
+    (tmp_path / "file").write_text("")
+    for path in (tmp_path, tmp_path / "file" / "curves.png", tmp_path / "curves.docx"):
+        status, out, err = run("plot", model, "--output", path)
+        assert (status, out) == (2, "")
+        assert f"cannot write {str(path)!r}" in err
+
+
+@pytest.mark.filterwarnings("ignore::hf_rope_ext.errors.RopeWarning")
+@pytest.mark.parametrize("method", ["linear", "ntk", "dynamic_yarn", "ntk_mixed"])
+def test_a_saved_patch_is_shown_and_dropped_only_when_told_to(run, text, tmp_path, method):
+    patch_model(tiny_llama(vocab_size=512), method, factor=3).save_pretrained(tmp_path / "saved")
+    make_tokenizer().save_pretrained(tmp_path / "saved")
+    words = ("--methods", "none", "--lengths", "128", "--samples", 1, "--windows", 1)
+    words = (*words, "--tasks", "perplexity", "--text", text, "--output", tmp_path / "report")
+
+    shown = run("inspect", tmp_path / "saved")
+    data = json.loads(run("inspect", tmp_path / "saved", "--json")[1])
+    refused = run("compare", tmp_path / "saved", *words)
+    served = run("compare", tmp_path / "saved", *words, "--replace")
+
+    assert f"{method}, factor 3" in shown[1]
+    assert data[0]["patch"]["method"]["name"] == method
+    assert data[0]["original_max_position_embeddings"] == 64
+    assert refused[0] == 2
+    assert f"was saved with a patch ({method}, factor 3)" in refused[2]
+    assert "--replace" in refused[2]
+    assert served[0] == 0
+
+
+def test_a_merged_model_shows_the_patch_it_was_trained_with(run, tmp_path):
+    patched = patch_model(tiny_llama(vocab_size=512), "yarn", factor=4)
+    adapted = get_peft_model(patched, LoraConfig(target_modules=["q_proj"]))
+    adapted.merge_and_unload().save_pretrained(tmp_path)
+
+    assert "yarn, factor 4" in run("inspect", tmp_path)[1]
+
+
+def test_an_unpatched_model_shows_no_patch(run, model):
+    assert "patch" not in run("inspect", model)[1]
+    assert json.loads(run("inspect", model, "--json")[1])[0]["patch"] is None
+
+
+@pytest.mark.parametrize(
+    ("methods", "shown"),
+    [
+        ("linear", "linear"),
+        ("none,linear,llama3", "linear"),
+        ("linear,yarn:beta_fast=16", "yarn:beta_fast=16"),
+        ("none", None),
+    ],
+)
+def test_a_plan_has_the_words_of_a_method_that_was_asked_for(run, model, methods, shown):
+    found = json.loads(run("plan", model, "--target", "4x", "--methods", methods, "--json")[1])
+    _, out, _ = run("plan", model, "--target", "4x", "--methods", methods)
+
+    assert found["exported"] == shown
+    assert (f"{shown} for other engines:" in out) == (shown is not None)
+    for engine, line in found["exports"].items():
+        words = ("export", model, "--to", engine, "--method", shown, "--factor", 4)
+        status, exported, _ = run(*words)
+        assert status == 0
+        if line.startswith("{"):
+            assert json.loads(exported) == json.loads(line)
+        else:
+            assert exported.strip() == line
 
 
 def test_a_wrong_option_is_a_usage_error(run, model):
