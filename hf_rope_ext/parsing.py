@@ -11,12 +11,21 @@ from hf_rope_ext.methods import Method, knobs, make_method, make_per_axis, split
 def parse_lengths(text: str, trained: int) -> tuple[int, ...]:
     """Parse lengths in tokens: ``"1x,2x"`` as multiples of the trained length, or ``"512,1k"``.
 
+    Args:
+        text: The lengths, separated by commas.
+        trained: The trained length in tokens; 0 if it is not known.
+
     Raises:
-        RopeError: If a part is neither.
+        RopeError: If a part is neither, or a multiple of a trained length that is not known.
     """
     lengths = []
     for part in text.split(","):
         match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([xk]?)\s*", part.lower())
+        if match and match[2] == "x" and not trained:
+            raise RopeError(
+                f"lengths: {part!r} is a multiple of the trained length, which is not in the "
+                f"config; give lengths in tokens, or original_max_position_embeddings."
+            )
         scale = {"x": trained, "k": 1024, "": 1}[match[2]] if match else 0
         length = float(match[1]) * scale if match else 0.0
         if length < 1 or length != int(length):

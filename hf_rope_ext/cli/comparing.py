@@ -13,6 +13,7 @@ from hf_rope_ext.cli.options import (
     Factor,
     Methods,
     Model,
+    Original,
     console,
     model_or_bundled,
     patch_words,
@@ -60,6 +61,7 @@ def compare(
     replace: Annotated[
         bool, typer.Option(help="Replace the scaling in the model's config, or its saved patch.")
     ] = False,
+    original: Original = None,
     as_json: AsJson = False,
 ) -> None:
     """Compare methods on tasks at several lengths; by default, perplexity and pass keys.
@@ -69,10 +71,10 @@ def compare(
     from hf_rope_ext.assets import TEXT
     from hf_rope_ext.evals.compare import Comparison
     from hf_rope_ext.evals.compare import compare as run
+    from hf_rope_ext.evals.fingerprint import trained_length
     from hf_rope_ext.evals.registry import describe_tasks, needs_processor
     from hf_rope_ext.evals.text import read_text
     from hf_rope_ext.evals.writing import save_report
-    from hf_rope_ext.planning.extension import text_site
     from hf_rope_ext.saving.loading import load_processor, load_unpatched
 
     if tasks == "list":
@@ -91,7 +93,7 @@ def compare(
             f"without it: pass --replace to compare them in its place."
         )
     loaded, tokenizer = load_unpatched(source, device=device, dtype=dtype)
-    trained = text_site(loaded.config).geometry.original_max_position_embeddings
+    trained = original or trained_length(loaded)
     processor = None
     if needs_processor(chosen_tasks):
         processor = load_processor(source)
@@ -109,6 +111,7 @@ def compare(
         name=Path(model).name if model else "bundled",
         replace=replace,
         processor=processor,
+        original_max_position_embeddings=original,
     )
     with _progress() as show:
         report = run(comparison, output, show, max_minutes)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from hf_rope_ext.errors import RopeError
 from hf_rope_ext.evals.bench import Advance
 from hf_rope_ext.evals.documents import Document, score
+from hf_rope_ext.evals.generation import answer_config, padding, without_habits
 from hf_rope_ext.evals.scoring import keeps_logits, score_last
 from hf_rope_ext.evals.tasks.base import DocumentTask
 from hf_rope_ext.evals.text import encode, encode_pair
@@ -254,16 +255,14 @@ def _generate(
     model: nn.Module, tokenizer: Any, rows: list[Row], cache: Any = None
 ) -> list[list[str]]:
     """Return the generated texts of each row: several if sampling."""
-    from transformers import GenerationConfig
-
     document = rows[0].document
     sampling = document["sampling"]
     count = sampling["n"] if sampling else 1
-    settings: dict[str, Any] = {"do_sample": False, "num_return_sequences": count}
+    settings: dict[str, Any] = {"num_return_sequences": count}
     if sampling:
         settings |= {"do_sample": True, "temperature": sampling["temperature"], "top_k": 0}
     width = max(len(row.ids) for row in rows)
-    pad = _padding(tokenizer)
+    pad = padding(tokenizer)
     device = next(model.parameters()).device
     left = [[pad] * (width - len(row.ids)) + row.ids for row in rows]
     ids = torch.tensor(left, device=device)
@@ -271,31 +270,18 @@ def _generate(
     cached = {} if cache is None else pass_cache(model, cache)
     if cache is not None and count > 1:
         cache.batch_repeat_interleave(count)
-    config = getattr(model, "generation_config", None)
-    end = getattr(config, "eos_token_id", None)
-    with _seeded(document, device):
+    config = answer_config(model, tokenizer, max_new_tokens=document["max_new_tokens"], **settings)
+    with _seeded(document, device), without_habits(model):
         output = model.generate(  # type: ignore[operator]
             input_ids=ids,
             attention_mask=mask.to(device),
-            generation_config=GenerationConfig(
-                max_new_tokens=document["max_new_tokens"],
-                eos_token_id=tokenizer.eos_token_id if end is None else end,
-                pad_token_id=pad,
-                **settings,
-            ),
+            generation_config=config,
             **cached,
         )
     if cache is not None and count > 1:
         cache.batch_select_indices(torch.tensor([0], device=device))
     new = tokenizer.batch_decode(output[:, ids.shape[1] :], skip_special_tokens=True)
     return [new[first : first + count] for first in range(0, len(new), count)]
-
-
-def _padding(tokenizer: Any) -> int:
-    for token in (tokenizer.pad_token_id, tokenizer.eos_token_id):
-        if token is not None:
-            return int(token)
-    return 0
 
 
 @contextmanager

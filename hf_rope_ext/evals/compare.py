@@ -21,7 +21,9 @@ from hf_rope_ext.evals.fingerprint import (
     text_digest,
     tokenizer_digest,
     trained_length,
+    versions,
 )
+from hf_rope_ext.evals.generation import answer_config
 from hf_rope_ext.evals.journal import Cell, Journal
 from hf_rope_ext.evals.measures import Measure, make_measures
 from hf_rope_ext.evals.report import SCHEMA_VERSION, Report
@@ -54,6 +56,7 @@ class Comparison:
         name: Name of the model in the report.
         replace: Whether methods replace a scaling in the model's own config.
         processor: The model's processor, for tasks that show images.
+        original_max_position_embeddings: The trained length, where the config does not tell.
 
     Raises:
         RopeError: If a number is out of range, or there are no lengths.
@@ -72,9 +75,15 @@ class Comparison:
     name: str = "model"
     replace: bool = False
     processor: Any = None
+    original_max_position_embeddings: int | None = None
 
     def __post_init__(self) -> None:
         """Check the numbers."""
+        if not callable(self.tokenizer):
+            raise RopeError(f"tokenizer must be the model's tokenizer, got {self.tokenizer!r}.")
+        if self.original_max_position_embeddings is not None:
+            name = "original_max_position_embeddings"
+            require_integer(name, self.original_max_position_embeddings, 2, unit="positions")
         if not self.lengths:
             raise RopeError("give at least one length, such as 4096.")
         for length in self.lengths:
@@ -82,6 +91,11 @@ class Comparison:
         for argument in ("windows", "targets", "samples"):
             require_integer(argument, getattr(self, argument), 1)
         require_bool("replace", self.replace)
+
+    @property
+    def trained(self) -> int:
+        """The trained length in positions; 0 if it is not known."""
+        return self.original_max_position_embeddings or trained_length(self.model)
 
     @cached_property
     def measures(self) -> dict[str, Measure]:
@@ -94,7 +108,7 @@ class Comparison:
             tokenizer=self.tokenizer,
             text=self.text,
             longest=max(self.lengths),
-            trained=trained_length(self.model),
+            trained=self.trained,
             windows=self.windows,
             targets=self.targets,
             samples=self.samples,
@@ -107,12 +121,15 @@ class Comparison:
         """Return everything the results depend on, as JSON data."""
         settings = {
             "schema_version": SCHEMA_VERSION,
-            "model": model_settings(self.model, self.name),
+            "model": {**model_settings(self.model, self.name), "trained_length": self.trained},
+            "answers": answer_config(self.model, self.tokenizer).to_dict(),
+            "versions": versions(),
             "tokenizer_sha256": tokenizer_digest(self.tokenizer),
             "processor_sha256": processor_digest(self.processor),
             "methods": {label: method_record(method) for label, method in self.methods.items()},
             "replace": self.replace,
             "tasks": {label: measure.metric for label, measure in self.measures.items()},
+            "sources": {label: dict(m.sources) for label, m in self.measures.items() if m.sources},
             "lengths": self.lengths,
             "text_sha256": text_digest(self.text),
             "windows": self.windows,
@@ -163,7 +180,12 @@ def compare(
 
     def apply(label: str) -> AbstractContextManager[Any]:
         method = comparison.methods[label]
-        return patched(comparison.model, method, replace=comparison.replace)
+        return patched(
+            comparison.model,
+            method,
+            replace=comparison.replace,
+            original_max_position_embeddings=comparison.original_max_position_embeddings,
+        )
 
     settings = comparison.settings()
     _require_room(comparison)
@@ -185,6 +207,7 @@ def evaluate(
     name: str = "model",
     beyond: bool = False,
     processor: Any = None,
+    original_max_position_embeddings: int | None = None,
     output: Path | None = None,
     on_progress: Progress | None = None,
     max_minutes: float | None = None,
@@ -202,6 +225,7 @@ def evaluate(
         name: Name of the model in the report.
         beyond: Whether to allow lengths beyond the model's ``max_position_embeddings``.
         processor: The model's processor, for tasks that show images.
+        original_max_position_embeddings: The trained length, where the config does not tell.
         output: As in `compare`.
         on_progress: As in `compare`.
         max_minutes: As in `compare`.
@@ -212,7 +236,7 @@ def evaluate(
     """
     patch = patch_of(model)
     method = NoScaling() if patch is None else patch.method
-    trained = trained_length(model)
+    trained = original_max_position_embeddings or trained_length(model)
     tokens = {n for length in lengths for n in parse_lengths(str(length), trained)}
     comparison = Comparison(
         model=model,
@@ -225,6 +249,7 @@ def evaluate(
         seed=seed,
         name=name,
         processor=processor,
+        original_max_position_embeddings=original_max_position_embeddings,
     )
     if not beyond:
         _require_reach(model, comparison.lengths[-1], trained)
@@ -241,9 +266,10 @@ def _require_reach(model: nn.Module, longest: int, trained: int) -> None:
     config = model.config.get_text_config()  # type: ignore[union-attr, operator]
     reach = getattr(config, "max_position_embeddings", None)
     if reach is not None and longest > reach:
+        factor = f"factor={longest / trained:g} or more" if trained else "a larger factor"
         raise RopeError(
             f"a length of {longest} is beyond the {reach} positions of this model; patch it with "
-            f"factor={longest / trained:g} or more, or pass beyond=True to measure it anyway."
+            f"{factor}, or pass beyond=True to measure it anyway."
         )
 
 

@@ -81,8 +81,8 @@ class Journal:
             stored = json.loads(line)
         except json.JSONDecodeError:
             return "unreadable settings"
-        names = _different(stored, self.settings)
-        return f"different {', '.join(names)}" if names else ""
+        different = _different(stored, self.settings)
+        return f"different {', '.join(different)}" if different else ""
 
     def _unusable(self, error: OSError) -> RopeError:
         return RopeError(
@@ -91,12 +91,16 @@ class Journal:
         )
 
 
-def _different(stored: Any, settings: dict[str, Any]) -> list[str]:
-    """Return the names of the settings that differ, those of the model as ``model.dtype``."""
+def _different(stored: Any, settings: dict[str, Any], inside: str = "") -> list[str]:
+    """Return the settings that differ, those of the model as ``model.dtype``, numbers with both."""
     stored = stored if isinstance(stored, dict) else {}
-    names = [name for name in settings if stored.get(name) != settings[name]]
-    names += [name for name in stored if name not in settings]
-    if "model" in names and isinstance(stored.get("model"), dict):
-        names.remove("model")
-        names += [f"model.{name}" for name in _different(stored["model"], settings["model"])]
-    return names
+    different = []
+    for name in dict.fromkeys([*settings, *stored]):
+        before, now = stored.get(name), settings.get(name)
+        if name == "model" and isinstance(before, dict) and isinstance(now, dict):
+            different += _different(before, now, "model.")
+        elif before != now or (name in stored) != (name in settings):
+            both = isinstance(before, int | float) and isinstance(now, int | float)
+            values = f" ({before:g} there, {now:g} here)" if both else ""
+            different.append(f"{inside}{name}{values}")
+    return different

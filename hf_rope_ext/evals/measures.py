@@ -1,8 +1,10 @@
 """Turn task specifications into measures: what to run on a model, length by length."""
 
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+import hashlib
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field, replace
 from functools import cache, partial
+from pathlib import Path
 from typing import Any
 
 from torch import nn
@@ -12,9 +14,9 @@ from hf_rope_ext.errors import RopeError
 from hf_rope_ext.evals.answering import Row, answer, to_row
 from hf_rope_ext.evals.bench import Advance, Bench
 from hf_rope_ext.evals.documents import build
-from hf_rope_ext.evals.registry import GROUPS, TASKS, make_task, require_known
+from hf_rope_ext.evals.registry import GROUPS, TASKS, make_task, option_names, require_known
 from hf_rope_ext.evals.statistics import by_place
-from hf_rope_ext.evals.tasks.base import DocumentTask, FrameTask, TextTask
+from hf_rope_ext.evals.tasks.base import DocumentTask, FrameTask, Task, TextTask
 from hf_rope_ext.evals.visual_documents import VisualDocuments
 from hf_rope_ext.parsing import parse_task
 
@@ -32,6 +34,7 @@ class Measure:
         run: Called with model, length, batch size and a callback for the number of samples
             finished; returns the results of one cell.
         lengths: The lengths to measure at, from those requested.
+        sources: Hash of the content of each file that an option of the task names, by option.
     """
 
     metric: str
@@ -39,6 +42,7 @@ class Measure:
     check: Callable[[Lengths], None]
     run: Callable[[nn.Module, int, int, Advance], dict[str, Any]]
     lengths: Callable[[Lengths], Lengths] = lambda requested: requested
+    sources: Mapping[str, str] = field(default_factory=dict)
 
 
 def make_measures(specifications: Iterable[str], bench: Bench) -> dict[str, Measure]:
@@ -74,6 +78,10 @@ def make_measure(name: str, options: dict[str, Any], bench: Bench) -> Measure:
         options = {option: value for option, value in options.items() if option != "samples"}
         require_integer("samples", samples, 1)
     task = make_task(name, **options)
+    return replace(_measure(name, task, bench, samples), sources=_sources(task))
+
+
+def _measure(name: str, task: Task, bench: Bench, samples: int) -> Measure:
     if isinstance(task, TextTask):
         return _measure_text(task, bench)
     if isinstance(task, FrameTask):
@@ -81,6 +89,16 @@ def make_measure(name: str, options: dict[str, Any], bench: Bench) -> Measure:
     if isinstance(task, DocumentTask):
         return _measure_documents(name, task, bench, samples)
     raise RopeError(f"{name} is of a kind without a measure: {type(task).__name__}.")
+
+
+def _sources(task: Task) -> dict[str, str]:
+    """Return a hash of each file that a task reads; a label names the file, not what it holds."""
+    values = {option: getattr(task, option) for option in option_names(task)}
+    return {
+        option: hashlib.sha256(Path(value).read_bytes()).hexdigest()
+        for option, value in values.items()
+        if isinstance(value, str) and Path(value).is_file()
+    }
 
 
 def _measure_text(task: TextTask, bench: Bench) -> Measure:

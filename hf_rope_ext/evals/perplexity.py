@@ -191,11 +191,11 @@ class ShortPerplexity(Perplexity):
 
     def longest(self, bench: Bench) -> int:
         """Return the trained length."""
-        return bench.trained
+        return _trained(bench, "rope_short measures")
 
     def lengths(self, bench: Bench, requested: tuple[int, ...]) -> tuple[int, ...]:
         """Return the trained length."""
-        return (bench.trained,)
+        return (self.longest(bench),)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -274,7 +274,18 @@ class LongPerplexity(TextTask):
         return _spread(0, len(bench.ids) - bench.longest, self.windows)
 
     def _short_length(self, bench: Bench) -> int:
-        return max(bench.trained // 2, 8) if self.short is None else self.short
+        if self.short is not None:
+            return self.short
+        return max(_trained(bench, "the short context of rope_longppl is half of") // 2, 8)
+
+
+def _trained(bench: Bench, use: str) -> int:
+    if not bench.trained:
+        raise RopeError(
+            f"{use} the trained length, which is not in the config; give "
+            f"original_max_position_embeddings, or short=TOKENS to rope_longppl."
+        )
+    return bench.trained
 
 
 def _long(bench: Bench, model: nn.Module, window: Tensor, targets: int) -> Tensor:

@@ -21,7 +21,8 @@ def plot_by_length(report: Report, task: str, path: Path) -> None:
             cells = [cell for n in points if (cell := report.cell(method, task, n)) is not None]
             low, high = ([float(cell[end]) for cell in cells] for end in ("low", "high"))
             axes.fill_between(list(points), low, high, alpha=0.1, color=color, linewidth=0)
-    axes.axvline(report.trained, color="gray", linestyle="--")
+    if report.trained:
+        axes.axvline(report.trained, color="gray", linestyle="--")
     axes.set_xscale("log", base=2)
     axes.set_xticks(lengths, [str(length) for length in lengths])
     axes.minorticks_off()
@@ -49,7 +50,7 @@ def plot_by_depth(report: Report, task: str, path: Path) -> None:
         parts = [[report.at_depth(method, task, n, depth) for n in lengths] for depth in depths]
         grid = [[float("nan") if part is None else part["score"] for part in row] for row in parts]
         image = axes.imshow(grid, vmin=0, vmax=1, cmap="RdYlGn", aspect="auto")
-        axes.set_xticks(range(len(lengths)), [f"{n / report.trained:g}x" for n in lengths])
+        axes.set_xticks(range(len(lengths)), [report.multiple(n) or str(n) for n in lengths])
         axes.set_yticks(range(len(depths)), [f"{depth:.0%}" for depth in depths])
         edge = sum(length <= report.trained for length in lengths)
         axes.axvline(edge - 0.5, color="black", linestyle="--")

@@ -36,7 +36,7 @@ class Report:
 
     @property
     def trained(self) -> int:
-        """The model's trained length."""
+        """The model's trained length; 0 if it is not known."""
         return int(self.settings["model"]["trained_length"])
 
     @property
@@ -61,6 +61,10 @@ class Report:
         )
         title = TITLES.get(name, f"{name}: {better}")
         return f"{title}, {options.replace(':', ', ')}" if options else title
+
+    def multiple(self, length: int) -> str:
+        """Return a length as a multiple of the trained one, such as ``2x``; empty if unknown."""
+        return f"{length / self.trained:g}x" if self.trained else ""
 
     def lengths(self, task: str) -> list[int]:
         """Return the lengths that a task is measured at, ascending."""

@@ -1,5 +1,6 @@
 """Read and tokenize text."""
 
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -9,19 +10,25 @@ from torch import Tensor
 from hf_rope_ext.errors import RopeError
 
 
-def read_text(path: Path) -> str:
-    """Return the content of a text file.
+def read_text(path: str | Path) -> str:
+    """Return the content of a text file, which is read once until it changes.
 
     Raises:
         RopeError: If it cannot be read, is not UTF-8, or is empty.
     """
     try:
-        text = path.read_text(encoding="utf-8")
+        found = Path(path).stat()
+        text = _read(str(path), (found.st_mtime_ns, found.st_size, found.st_ino))
     except (OSError, UnicodeDecodeError) as error:
         raise RopeError(f"cannot read the text {str(path)!r}: {error}") from error
     if not text.strip():
         raise RopeError(f"the text {str(path)!r} is empty.")
     return text
+
+
+@lru_cache(maxsize=8)
+def _read(path: str, version: tuple[int, int, int]) -> str:
+    return Path(path).read_text(encoding="utf-8-sig")  # a byte-order mark is no text
 
 
 def tokenize(tokenizer: Any, text: str) -> Tensor:

@@ -12,6 +12,7 @@ from hf_rope_ext.errors import RopeError
 from hf_rope_ext.evals.answering import Result, score_target
 from hf_rope_ext.evals.bench import Advance
 from hf_rope_ext.evals.documents import fit
+from hf_rope_ext.evals.generation import answer_config, without_habits
 from hf_rope_ext.evals.scoring import score_last
 from hf_rope_ext.evals.statistics import by_place
 from hf_rope_ext.evals.tasks.base import FrameDraft, FrameTask, Place
@@ -207,16 +208,10 @@ class VisualDocuments:
         if not self.task.generated:
             scores = score_last(model, targets=self.encoder.targets(draft), **inputs)
             return score_target(scores.log_probs[0], scores.greedy[0])
-        from transformers import GenerationConfig
-
         tokenizer = self.processor.tokenizer
-        config = GenerationConfig(
-            max_new_tokens=self.task.max_new_tokens,
-            do_sample=False,
-            eos_token_id=tokenizer.eos_token_id,
-            pad_token_id=tokenizer.pad_token_id,
-        )
-        output = model.generate(generation_config=config, **inputs)  # type: ignore[operator]
+        config = answer_config(model, tokenizer, max_new_tokens=self.task.max_new_tokens)
+        with without_habits(model):
+            output = model.generate(generation_config=config, **inputs)  # type: ignore[operator]
         new = output[0, inputs["input_ids"].shape[1] :]
         text = tokenizer.decode(new, skip_special_tokens=True)
         return self.task.score(draft.gold, text)

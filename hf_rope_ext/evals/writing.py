@@ -48,7 +48,8 @@ def make_table(report: Report, task: str) -> "Table":
     table = Table(title=report.title(task), title_justify="left")
     table.add_column("method")
     for length in report.lengths(task):
-        table.add_column(f"{length} ({length / report.trained:g}x)", justify="right")
+        multiple = report.multiple(length)
+        table.add_column(f"{length} ({multiple})" if multiple else str(length), justify="right")
     if report.is_score(task):
         table.add_column("reads up to", justify="right")
     reach = report.summary().get(task, {})

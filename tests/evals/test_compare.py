@@ -11,17 +11,18 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import tiny_llama
+from conftest import logits, tiny_llama
 from evaluating import TEXT, Scripted, make_tokenizer, small, wide_llama
 from peft import LoraConfig, get_peft_model
 from tokenizers import Tokenizer, models
-from transformers import PreTrainedTokenizerFast
+from transformers import GenerationConfig, PreTrainedTokenizerFast
 
 from hf_rope_ext import RopeError, patch_model, patched
 from hf_rope_ext.evals.answering import SharedPrefix, answer, to_row
 from hf_rope_ext.evals.bench import Bench
 from hf_rope_ext.evals.compare import compare, evaluate
 from hf_rope_ext.evals.documents import build_dataset
+from hf_rope_ext.evals.generation import without_habits
 from hf_rope_ext.evals.measures import make_measures
 from hf_rope_ext.evals.registry import TASKS
 from hf_rope_ext.evals.report import Report, load_report
@@ -34,7 +35,7 @@ from hf_rope_ext.evals.statistics import (
     wilson,
 )
 from hf_rope_ext.evals.text import encode
-from hf_rope_ext.evals.writing import save_report
+from hf_rope_ext.evals.writing import make_table, save_report
 from hf_rope_ext.methods import Linear, Yarn
 
 
@@ -180,7 +181,164 @@ def test_samples_depend_on_the_seed_alone_and_leave_the_generator_alone(tokenize
     assert torch.equal(torch.get_rng_state(), before)
 
 
+# answers are the most likely tokens, whatever the checkpoint is used to
+
+HABITS = {
+    "none": {},
+    "repetition_penalty": {"repetition_penalty": 5.0},
+    "encoder_repetition_penalty": {"encoder_repetition_penalty": 5.0},
+    "no_repeat_ngram_size": {"no_repeat_ngram_size": 1},
+    "suppress_tokens": {"suppress_tokens": list(range(0, 500, 2))},
+    "begin_suppress_tokens": {"begin_suppress_tokens": list(range(0, 500, 2))},
+    "bad_words_ids": {"bad_words_ids": [[number] for number in range(0, 500, 3)]},
+    "min_new_tokens": {"min_new_tokens": 12},
+    "forced_eos_token_id": {"forced_eos_token_id": 9},
+    "sequence_bias": {"sequence_bias": [[[number], 20.0] for number in range(9)]},
+    "num_beams": {"num_beams": 4},
+    "sampling": {"do_sample": True, "temperature": 3.0, "top_k": 5, "top_p": 0.5},
+    "exponential_decay_length_penalty": {"exponential_decay_length_penalty": [1, 1.5]},
+}
+
+
+def most_likely(model, ids, count, ends):
+    """Greedy decoding, written out."""
+    row = list(ids)
+    for _ in range(count):
+        row.append(int(logits(model, torch.tensor([row]))[0, -1].argmax()))
+        if row[-1] in ends:
+            break
+    return row[len(ids) :]
+
+
+@pytest.mark.filterwarnings("ignore")  # transformers says that some habits are for sampling
+@pytest.mark.parametrize("adapt", [False, True])
+@pytest.mark.parametrize("habit", HABITS)
+def test_an_answer_is_the_most_likely_one_whatever_the_checkpoint_is_used_to(
+    tokenizer, monkeypatch, habit, adapt
+):
+    plain = wide_llama()
+    documents = build_dataset("rope_kv", tokenizer, [500], samples=2, max_new_tokens=16)[:3]
+    rows = [encode(tokenizer, document["prompt"] + document["answer"]) for document in documents]
+    ends = [most_likely(plain, rows[0], 9, [])[-1], 7]
+    expected = [most_likely(plain, row, 16, ends) for row in rows]
+    assert len({len(answer) for answer in expected}) > 1, "one must end before the others"
+    model = wide_llama()
+    model.generation_config = GenerationConfig(eos_token_id=ends, **HABITS[habit])
+    own = model.generation_config
+    if adapt:
+        model = get_peft_model(model, LoraConfig(target_modules=["q_proj"]))
+    said = []
+    monkeypatch.setattr(
+        tokenizer,
+        "batch_decode",
+        lambda ids, **_: said.extend(ids.tolist()) or [""] * len(ids),
+        raising=False,
+    )
+
+    results(model, tokenizer, documents, 3)
+
+    assert sorted(answer[: length_of(answer, ends)] for answer in said) == sorted(expected)
+    assert model.generation_config is own
+
+
+def length_of(answer, ends):
+    return next((at + 1 for at, token in enumerate(answer) if token in ends), len(answer))
+
+
+def test_the_habits_of_a_checkpoint_are_put_back_after_an_error():
+    model = wide_llama()
+    model.generation_config = own = GenerationConfig(repetition_penalty=2.0, bos_token_id=5)
+    model.generation_config.my_models_own = 3
+
+    def fail():
+        with without_habits(model):
+            assert model.generation_config.repetition_penalty is None
+            assert model.generation_config.bos_token_id == 5
+            assert model.generation_config.my_models_own == 3
+            raise KeyError
+
+    with pytest.raises(KeyError):
+        fail()
+    assert model.generation_config is own
+
+
 # evaluate and compare
+
+
+def linear(factor):
+    rope = {"rope_type": "linear", "factor": factor}
+    return tiny_llama(rope, vocab_size=512, max_position_embeddings=512)
+
+
+def test_a_model_that_does_not_tell_its_trained_length_is_measured_in_tokens(tokenizer, tmp_path):
+    """Linear scaling hides what was trained; the oracle is the same scaling as a patch."""
+    tasks = ["rope_copy", "perplexity", "rope_longppl:windows=1:short=50:alpha=-99:beta=-99"]
+    ask = {"tokenizer": tokenizer, "lengths": [100, 200], "samples": 1, "text": TEXT}
+
+    found = evaluate(linear(8.0), tasks=tasks, **ask)
+    with patched(wide_llama(), "linear", factor=8) as model:
+        expected = evaluate(model, tasks=tasks, **ask)
+
+    assert found.trained == 0
+    for cell, wanted in zip(found.cells, expected.cells, strict=True):
+        assert cell["length"] == wanted["length"]
+        if wanted["nll"] is not None:  # no token needs a longer context than the short one itself
+            assert cell["nll"] == pytest.approx(wanted["nll"], rel=1e-4)
+    files = save_report(found, tmp_path)
+    page = Page((tmp_path / "report.html").read_text())
+    assert {path.suffix for path in files} == {".json", ".csv", ".png", ".html"}
+    assert "Trained for" not in " ".join(page.words)
+    headings = [str(column.header) for column in make_table(found, "perplexity").columns]
+    assert headings == ["method", "100", "200"]
+    headings = [str(column.header) for column in make_table(expected, "perplexity").columns]
+    assert headings == ["method", "100 (1.5625x)", "200 (3.125x)"]
+
+
+def test_what_needs_the_trained_length_asks_for_it(tokenizer):
+    ask = {"tokenizer": tokenizer, "samples": 1, "text": TEXT}
+    for tasks, lengths in (
+        (["rope_copy"], ["2x"]),
+        (["rope_short"], [200]),
+        (["rope_longppl"], [200]),
+    ):
+        with pytest.raises(RopeError, match="trained length, which is not in the config"):
+            evaluate(linear(8.0), tasks=tasks, lengths=lengths, **ask)
+        told = evaluate(
+            linear(8.0),
+            tasks=tasks,
+            lengths=lengths,
+            original_max_position_embeddings=100,
+            **ask,
+        )
+        assert told.trained == 100
+        assert [cell["length"] for cell in told.cells] == [100 if "rope_short" in tasks else 200]
+    with pytest.raises(RopeError, match=r"beyond the 512 positions .* a larger factor, or pass"):
+        evaluate(linear(8.0), tasks=["rope_copy"], lengths=[513], **ask)
+
+
+def test_a_comparison_on_such_a_model_starts_from_the_length_it_is_told(tokenizer):
+    ask = {"tasks": ("rope_short",), "lengths": (64,), "windows": 2, "methods": {"yarn": Yarn(4)}}
+
+    found = compare(
+        small(
+            tokenizer, model=linear(8.0), replace=True, original_max_position_embeddings=64, **ask
+        )
+    )
+
+    assert found.cells == compare(small(tokenizer, model=wide_llama(), **ask)).cells
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"tokenizer": None}, "tokenizer must be the model's tokenizer"),
+        ({"original_max_position_embeddings": 1}, "original_max_position_embeddings must be"),
+        ({"original_max_position_embeddings": "64"}, "original_max_position_embeddings must be"),
+    ],
+)
+def test_what_cannot_be_compared_is_told_before_anything_runs(tokenizer, change, message):
+    with pytest.raises(RopeError, match=message):
+        small(**{"tokenizer": tokenizer, **change})
 
 
 def test_a_length_beyond_what_the_model_reads_is_refused_unless_asked_for(tokenizer):

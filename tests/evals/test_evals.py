@@ -19,6 +19,9 @@ from hf_rope_ext.evals.journal import Cell
 from hf_rope_ext.evals.perplexity import Perplexity
 from hf_rope_ext.evals.report import load_report
 from hf_rope_ext.evals.scoring import score_last
+from hf_rope_ext.evals.tasks.base import Place
+from hf_rope_ext.evals.tasks.prose import sentences, words
+from hf_rope_ext.evals.tasks.ruler_qa import RulerQA
 from hf_rope_ext.evals.text import read_text, tokenize
 from hf_rope_ext.evals.text_passkey import TextPasskey, draw_sentence
 from hf_rope_ext.evals.writing import make_table, save_report
@@ -327,6 +330,34 @@ def test_texts_that_are_too_short_or_unreadable_are_refused(tokenizer, tmp_path)
     ):
         with pytest.raises(RopeError, match=message):
             read_text(tmp_path / name)
+
+
+@pytest.mark.parametrize(
+    "read",
+    [
+        read_text,
+        lambda path: sentences(3, str(path)),
+        lambda path: words(9, str(path)),
+        lambda path: RulerQA(layout="hotpotqa", data=str(path)).draft(
+            random.Random(0), 1, Place(100)
+        ),
+    ],
+)
+def test_a_byte_order_mark_is_no_text_and_a_changed_file_is_read_again(tmp_path, read):
+    def content(name):
+        context = [["Title", ["The dog ran.", " It ran."]]]
+        return json.dumps([{"question": name, "answer": "It ran.", "context": context}])
+
+    path = tmp_path / "text"
+    path.write_text(content("one"), encoding="utf-8")
+    plain = read(path)
+    path.write_text(content("one"), encoding="utf-8-sig")
+    assert path.read_bytes().startswith(b"\xef\xbb\xbf")
+    marked = read(path)
+    path.write_text(content("two"), encoding="utf-8")
+
+    assert marked == plain
+    assert read(path) != plain
 
 
 def test_lengths_without_room_are_refused(tokenizer):

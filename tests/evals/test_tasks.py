@@ -594,7 +594,7 @@ def test_the_keys_are_all_of_rulers():
         ("rope_needle", {"needles": 99}, "needles must be an integer from 1 to"),
         ("rope_needle", {"haystack": "nowhere.txt"}, "cannot read the text 'nowhere.txt'"),
         ("rope_ruler_qa_1", {}, "data must be a local JSON file in the squad format"),
-        ("rope_ruler_qa_2", {"data": "nowhere.json"}, "cannot read 'nowhere.json' as a hotpotqa"),
+        ("rope_ruler_qa_2", {"data": "nowhere.json"}, "cannot read the text 'nowhere.json'"),
         ("rope_add", {"beyond": [5, 5]}, "operands must range from smaller to larger"),
         ("rope_copy", {"asked": 0}, "asked must be an integer from 1 to 8"),
         ("rope_babi_qa1", {"facts": 4}, "facts must be one of 1, 2, 3"),

@@ -3,7 +3,6 @@
 import random
 import re
 from functools import cache
-from pathlib import Path
 
 from hf_rope_ext.evals.text import read_text
 
@@ -55,7 +54,7 @@ def sentences(count: int, path: str = "") -> list[str]:
     """
     if not path:
         return [_generated(index) for index in range(count)]
-    text = _sentences_of(path)
+    text = _sentences_of(read_text(path))
     return [text[index % len(text)] for index in range(count)]
 
 
@@ -65,7 +64,7 @@ def words(count: int, path: str = "") -> list[str]:
         # every generated sentence has at least five words
         text = " ".join(sentences(count // 5 + 1)).split(" ")
     else:
-        text = list(_words_of(path))
+        text = list(_words_of(read_text(path)))
         text = text * (count // len(text) + 1)
     return text[:count]
 
@@ -83,10 +82,10 @@ def _generated(index: int) -> str:
 
 
 @cache
-def _sentences_of(path: str) -> tuple[str, ...]:
-    return tuple(re.sub(r"\s+", " ", part) for part in split_sentences(read_text(Path(path))))
+def _sentences_of(text: str) -> tuple[str, ...]:
+    return tuple(re.sub(r"\s+", " ", part) for part in split_sentences(text))
 
 
 @cache
-def _words_of(path: str) -> tuple[str, ...]:
-    return tuple(read_text(Path(path)).split())
+def _words_of(text: str) -> tuple[str, ...]:
+    return tuple(text.split())

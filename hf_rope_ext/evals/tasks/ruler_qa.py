@@ -12,6 +12,7 @@ from hf_rope_ext.checks import require_choice
 from hf_rope_ext.errors import RopeError
 from hf_rope_ext.evals.tasks.base import DocumentTask, Draft, Place
 from hf_rope_ext.evals.tasks.scorers import string_match_part
+from hf_rope_ext.evals.text import read_text
 
 ONLY = "Only give me the answer and do not output any other words."
 PROMPT = (
@@ -52,11 +53,11 @@ class RulerQA(DocumentTask):
         require_choice("layout", self.layout, READERS)
         if not self.data:
             raise RopeError(f"data must be a local JSON file in the {self.layout} format.")
-        _read(self.data, self.layout)
+        self._read()
 
     def draft(self, draw: random.Random, size: int, place: Place) -> Draft:
         """Return a question over ``size`` documents, or over those it needs if that is more."""
-        questions, documents = _read(self.data, self.layout)
+        questions, documents = self._read()
         asked = questions[place.index % len(questions)]
         chosen = [documents[number] for number in choose(draw, asked, len(documents), size)]
         random.Random(SHUFFLE_SEED).shuffle(chosen)
@@ -73,7 +74,10 @@ class RulerQA(DocumentTask):
 
     def largest(self, place: Place) -> int:
         """Return the total number of documents."""
-        return len(_read(self.data, self.layout)[1])
+        return len(self._read()[1])
+
+    def _read(self) -> tuple[list[Question], list[str]]:
+        return _parse(read_text(self.data), self.data, self.layout)
 
     def score(self, gold: tuple[str, ...], prediction: str) -> dict[str, float]:
         """Return 1 if the prediction contains any of the answers."""
@@ -92,11 +96,10 @@ def choose(draw: random.Random, asked: Question, documents: int, size: int) -> l
 
 
 @cache
-def _read(path: str, layout: str) -> tuple[list[Question], list[str]]:
+def _parse(text: str, path: str, layout: str) -> tuple[list[Question], list[str]]:
     try:
-        content = json.loads(Path(path).read_text(encoding="utf-8"))
-        questions, documents = READERS[layout](content)
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError) as error:
+        questions, documents = READERS[layout](json.loads(text))
+    except (json.JSONDecodeError, KeyError, TypeError) as error:
         raise RopeError(f"cannot read {path!r} as a {layout} file: {error!r}") from error
     if not questions:
         raise RopeError(f"{path!r} contains no answerable question.")
