@@ -22,7 +22,7 @@ def require_choice(
     """
     allowed = tuple(choices)
     if not any(type(value) is type(choice) and value == choice for choice in allowed):
-        raise error(f"{name} must be one of {', '.join(map(repr, allowed))}, got {value!r}.")
+        raise error(f"{name} must be one of {', '.join(map(repr, allowed))}, got {shown(value)}.")
 
 
 def require_integer(
@@ -51,7 +51,7 @@ def require_integer(
         return
     span = f"of at least {least}" if most is None else f"from {least} to {most}"
     counted = f", in {unit}" if unit else ""
-    raise error(f"{name} must be an integer {span}{counted}, got {value!r}.")
+    raise error(f"{name} must be an integer {span}{counted}, got {shown(value)}.")
 
 
 def require_number(
@@ -70,13 +70,13 @@ def require_number(
         RopeError: If it is not (``error``).
     """
     if isinstance(value, Real) and not isinstance(value, bool):
-        number = float(value)
+        number = _as_float(value)
         if math.isfinite(number) and least <= number <= most and above < number < below:
             return
     words = {"at least": least, "greater than": above, "at most": most, "less than": below}
     bounds = [f"{word} {bound:g}" for word, bound in words.items() if math.isfinite(bound)]
     span = f" {' and '.join(bounds)}" if bounds else ""
-    raise error(f"{name} must be a finite number{span}, got {value!r}.")
+    raise error(f"{name} must be a finite number{span}, got {shown(value)}.")
 
 
 def require_bool(name: str, value: object, error: type[RopeError] = RopeError) -> None:
@@ -86,7 +86,20 @@ def require_bool(name: str, value: object, error: type[RopeError] = RopeError) -
         RopeError: If it is not (``error``).
     """
     if not isinstance(value, bool):
-        raise error(f"{name} must be True or False, got {value!r}.")
+        raise error(f"{name} must be True or False, got {shown(value)}.")
+
+
+def shown(value: object, most: int = 200) -> str:
+    """Return a value as an error shows it: its ``repr``, or its type where that is a page."""
+    text = repr(value)
+    return text if len(text) <= most and "\n" not in text else f"an object of {type(value)}"
+
+
+def _as_float(value: Real) -> float:
+    try:
+        return float(value)
+    except OverflowError:  # an integer beyond all floats
+        return math.inf
 
 
 def suggest(word: str, known: Iterable[str], cutoff: float = 0.5) -> str:

@@ -54,8 +54,8 @@ def require_usable(directory: Path, settings: dict[str, Any], resume: bool) -> N
         return
     if not resume:
         raise RopeError(
-            f"{str(directory)!r} already holds a run; resume it with resume=true, or choose "
-            f"another output_dir."
+            f"{str(directory)!r} already holds a run; resume it with --resume (resume=True in "
+            f"Python), or choose another output_dir."
         )
     before = json.loads(path.read_text())
     changes = [

@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hf_rope_ext.checks import require_number
+from hf_rope_ext.checks import require_number, shown
 from hf_rope_ext.errors import MethodParameterError
 from hf_rope_ext.geometry import FrequencyPlan, RopeGeometry
-from hf_rope_ext.methods.method import Method, store_number
+from hf_rope_ext.methods.method import Method, store_factor, store_number
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class LongRope(Method):
 
     def __post_init__(self) -> None:
         """Check the knobs."""
-        store_number(self, "factor", least=1.0)
+        store_factor(self)
         store_number(self, "attention_factor", optional=True, above=0.0)
         object.__setattr__(self, "long_factor", self._checked("long_factor"))
         if self.short_factor is None:
@@ -104,7 +104,8 @@ class LongRope(Method):
         values = getattr(self, knob)
         if not isinstance(values, Sequence) or not values or isinstance(values, str):
             raise MethodParameterError(
-                f"{self.name}: {knob} must be a list of numbers, one for each pair, got {values!r}."
+                f"{self.name}: {knob} must be a list of numbers, one for each pair, got "
+                f"{shown(values)}."
             )
         for pair, value in enumerate(values):
             name = f"{self.name}: {knob}[{pair}]"

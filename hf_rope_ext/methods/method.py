@@ -6,11 +6,15 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor, nn
 
-from hf_rope_ext.checks import require_number
+from hf_rope_ext.checks import require_number, shown
 from hf_rope_ext.errors import MethodParameterError
 from hf_rope_ext.geometry import FrequencyPlan, RopeGeometry, Scale
+
+LARGEST_FACTOR = 2.0**30
+"""With any trained length, the target then counts positions that an int64 holds."""
 
 
 class Method(abc.ABC):
@@ -80,7 +84,7 @@ class Scaling(Method):
 
     def __post_init__(self) -> None:
         """Check ``factor``."""
-        store_number(self, "factor", least=1.0)
+        store_factor(self)
 
     @abc.abstractmethod
     def stretch(self, geometry: RopeGeometry, scale: Scale) -> FrequencyPlan:
@@ -129,6 +133,16 @@ class Modifier(Method):
         return self.method.target_length(geometry)
 
 
+def store_factor(method: Method) -> None:
+    """Check that a method's factor is at least 1 and no more than lengths can hold, and store it.
+
+    Raises:
+        MethodParameterError: If it is not.
+    """
+    store_number(method, "factor", least=1.0)
+    store_number(method, "factor", most=LARGEST_FACTOR)
+
+
 def store_number(method: Method, knob: str, *, optional: bool = False, **bounds: float) -> None:
     """Check that a knob is a finite number within bounds, and store it as a float.
 
@@ -144,5 +158,12 @@ def store_number(method: Method, knob: str, *, optional: bool = False, **bounds:
     value = getattr(method, knob)
     if value is None and optional:
         return
-    require_number(f"{method.name}: {knob}", value, **bounds, error=MethodParameterError)
+    name = f"{method.name}: {knob}"
+    require_number(name, value, **bounds, error=MethodParameterError)
+    single = torch.finfo(torch.float32)
+    if value != 0 and not single.tiny <= abs(value) <= single.max:
+        raise MethodParameterError(
+            f"{name} must be a number that float32 can hold, which models compute in, got "
+            f"{shown(value)}."
+        )
     object.__setattr__(method, knob, float(value))

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from hf_rope_ext.checks import shown
 from hf_rope_ext.errors import UnsupportedModelError
 from hf_rope_ext.models.family import Config, Family, family_of, text_configs
 
@@ -169,7 +170,7 @@ def _root(model: nn.Module) -> Any:
 
     if not isinstance(model, nn.Module):
         raise UnsupportedModelError(
-            f"a model is a torch.nn.Module around a transformers model, got {model!r}."
+            f"a model is a torch.nn.Module around a transformers model, got {shown(model)}."
         )
     root = next((part for part in model.modules() if isinstance(part, PreTrainedModel)), None)
     if root is None:

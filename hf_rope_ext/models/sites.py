@@ -6,7 +6,7 @@ rebuilt; it is never scaled as it is.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -76,7 +76,7 @@ def read_sites(
     model: nn.Module,
     *,
     layer_types: tuple[str, ...] | None = None,
-    original_max_position_embeddings: int | None = None,
+    original_max_position_embeddings: int | Sequence[int] | None = None,
 ) -> list[RopeSite]:
     """Return the sets of rotary frequencies of the text model that an extension affects.
 
@@ -85,19 +85,28 @@ def read_sites(
         layer_types: Labels to extend where ``rope_parameters`` are nested. By default those whose
             layers attend to the whole context: layers with a bounded window never meet distances
             beyond those in training.
-        original_max_position_embeddings: The trained length, where the config is wrong about it.
+        original_max_position_embeddings: The trained length, where the config is wrong about it:
+            one for all sets, or one for each in their order.
 
     Raises:
-        RopeError: If the model has no rotary embedding, or its geometry is ambiguous.
+        RopeError: If the model has no rotary embedding, its geometry is ambiguous, or there are not
+            as many trained lengths as sets.
     """
     rotaries = find_rotaries(model)
     labels = [label for rotary in rotaries for label in rotary.labels]
     wanted = _wanted_labels(rotaries, labels, layer_types)
+    found = [(rotary, label) for rotary in rotaries for label in rotary.labels if label in wanted]
+    trained = original_max_position_embeddings
+    lengths = trained if isinstance(trained, list | tuple) else [trained] * len(found)
+    if len(lengths) != len(found):
+        paths = ", ".join(dict.fromkeys(rotary.path for rotary, _ in found))
+        raise RopeError(
+            f"original_max_position_embeddings={lengths!r} has {len(lengths)} lengths for "
+            f"{len(found)} sets of frequencies ({paths})."
+        )
     return [
-        _read_site(rotary, label, original_max_position_embeddings)
-        for rotary in rotaries
-        for label in rotary.labels
-        if label in wanted
+        _read_site(rotary, label, length)
+        for (rotary, label), length in zip(found, lengths, strict=True)
     ]
 
 

@@ -2,6 +2,8 @@
 
 import math
 
+from torch import nn
+
 from hf_rope_ext.methods import Dynamic, Method
 from hf_rope_ext.models.host import mrope_section
 from hf_rope_ext.models.sites import RopeSite, window
@@ -9,8 +11,13 @@ from hf_rope_ext.models.temperature import effective_logit_factor
 from hf_rope_ext.rotary.installed import Resolved
 
 
-def advice(resolved: Resolved) -> list[str]:
-    """Return the warnings to show after a successful patch; `describe` repeats them as notes."""
+def advice(resolved: Resolved, model: nn.Module) -> list[str]:
+    """Return the warnings to show after a successful patch; `describe` repeats them as notes.
+
+    Args:
+        resolved: The patch.
+        model: What was patched, with everything around the transformers model.
+    """
     notes = [
         f"{site.path}: the frequencies were rebuilt from the config, because {site.rebuilt}."
         for site in resolved.sites
@@ -31,7 +38,8 @@ def advice(resolved: Resolved) -> list[str]:
             site.family.advice(resolved.method, site.geometry) if site.family.advice else None,
         )
         notes += [note for note in candidates if note]
-    return notes
+    cut = _cut_advice(resolved, model)
+    return notes if cut is None else [*notes, cut]
 
 
 def _temperature_advice(site: RopeSite, resolved: Resolved) -> str | None:
@@ -70,6 +78,19 @@ def _window_advice(site: RopeSite, method: Method) -> str | None:
         f"{site.path}: some layers have a sliding window of {bound} positions and cannot see "
         f"past it, whatever their frequencies."
     )
+
+
+def _cut_advice(resolved: Resolved, model: nn.Module) -> str | None:
+    """Return a warning if something around the model, such as SentenceTransformer, cuts inputs."""
+    target = resolved.method.target_length(resolved.sites[0].geometry)
+    for module in model.modules():
+        limit = getattr(module, "max_seq_length", None)
+        if isinstance(limit, int) and target is not None and limit < target:
+            return (
+                f"{type(module).__name__} cuts inputs to max_seq_length={limit} tokens; set "
+                f"max_seq_length={target} to use the longer context."
+            )
+    return None
 
 
 def _dropped_key_advice(site: RopeSite) -> str | None:

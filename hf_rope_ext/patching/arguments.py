@@ -22,6 +22,8 @@ from hf_rope_ext.rotary.request_plan import RequestPlan, RequestPolicy
 
 TEMPERATURES = ("rotation", "logits")
 TARGETS = ("text", "vision")
+LONGEST = 2**53
+"""The longest length in positions: beyond it, float64 has not every integer."""
 TEXT_ARGUMENTS = (
     "layer_types",
     "limit_only",
@@ -43,7 +45,7 @@ class PatchArguments:
     method: str | Method | Mapping[str, str | Method]
     factor: float | Mapping[str, float] | None = None
     target_length: int | None = None
-    original_max_position_embeddings: int | None = None
+    original_max_position_embeddings: int | Sequence[int] | None = None
     layer_types: Sequence[str] | None = None
     limit_only: bool = False
     mrope_layout: str | MRopeLayout | None = None
@@ -78,10 +80,14 @@ class PatchArguments:
             split_name(self.method)
         require_choice("temperature", self.temperature, TEMPERATURES, MethodParameterError)
         require_choice("target", self.target, TARGETS, MethodParameterError)
-        for name, least in (("target_length", 1), ("original_max_position_embeddings", 2)):
-            length = getattr(self, name)
+        trained = self.original_max_position_embeddings
+        lengths = trained if isinstance(trained, list | tuple) else (trained,)
+        named = [("original_max_position_embeddings", length, 2) for length in lengths]
+        for name, length, least in [("target_length", self.target_length, 1), *named]:
             if length is not None:
-                require_integer(name, length, least, unit="positions", error=MethodParameterError)
+                require_integer(
+                    name, length, least, LONGEST, unit="positions", error=MethodParameterError
+                )
         layer_types = self.layer_types
         if layer_types is not None and (
             isinstance(layer_types, str)
@@ -90,8 +96,13 @@ class PatchArguments:
         ):
             raise RopeError(f"layer_types must be a list of layer types, got {layer_types!r}.")
 
-    def make_method(self, geometry: RopeGeometry) -> Method:
-        """Return the method with its factor, by axis where any argument is given by axis."""
+    def make_method(self, geometry: RopeGeometry, *others: RopeGeometry) -> Method:
+        """Return the method with its factor, by axis where any argument is given by axis.
+
+        Args:
+            geometry: The first geometry of the model, which a factor is computed from.
+            *others: Further geometries, which must agree.
+        """
         values = {**self.knobs, **({} if self.factor is None else {"factor": self.factor})}
         if isinstance(self.method, Method) and values:
             raise MethodParameterError(
@@ -106,7 +117,8 @@ class PatchArguments:
             method = make_per_axis(self.method, values).for_axes(geometry)
         else:
             method = self._make_named(self.method, geometry)  # type: ignore[arg-type]
-        _require_agreement(method, geometry, self.target_length)
+        scaled = (geometry,) if self.limit_only else (geometry, *others)
+        _require_agreement(method, scaled, self.target_length)
         return method
 
     def make_policy(self, method: Method) -> RequestPolicy:
@@ -133,12 +145,14 @@ class PatchArguments:
             )
         return RequestPolicy(**flat) if policy is None else policy
 
-    def find_limit(self, method: Method, geometry: RopeGeometry) -> int:
+    def find_limit(self, method: Method, *geometries: RopeGeometry) -> int:
         """Return the length limit that ``limit_only`` sets."""
-        target = self.target_length or method.target_length(geometry)
-        if target is None:
+        implied = {self.target_length or method.target_length(one) for one in geometries}
+        target = implied.pop()
+        if target is None or implied:
             raise MethodParameterError(
-                "limit_only raises the length limit alone: pass target_length or a factor."
+                "limit_only raises the length limit alone: pass target_length"
+                + (", since trained lengths differ." if implied else " or a factor.")
             )
         return target
 
@@ -165,10 +179,27 @@ def _stretches(name: str) -> bool:
     return Dynamic not in classes and any("factor" in knobs(cls) for cls in classes)
 
 
-def _require_agreement(method: Method, geometry: RopeGeometry, target: int | None) -> None:
-    implied = method.target_length(geometry)
-    if target is not None and implied is not None and implied != target:
-        raise MethodParameterError(
-            f"target_length={target} contradicts {method!r}, which is for {implied} positions on a "
-            f"trained length of {geometry.original_max_position_embeddings}; give one of the two."
-        )
+def _require_agreement(
+    method: Method, geometries: Sequence[RopeGeometry], target: int | None
+) -> None:
+    """Check that a method is for the target length, on every trained length of the model."""
+    trained = [geometry.original_max_position_embeddings for geometry in geometries]
+    for length, implied in zip(trained, map(method.target_length, geometries), strict=True):
+        if implied is None:
+            continue
+        if implied > LONGEST:
+            raise MethodParameterError(
+                f"{method!r} is for {implied} positions on a trained length of {length}; the most "
+                f"is {LONGEST}."
+            )
+        if target not in (None, implied):
+            rest = "give one of the two."
+            if len(set(trained)) > 1:
+                rest = (
+                    f"parts of this model were trained at {', '.join(map(str, trained))} "
+                    f"positions, so give a factor, by which each is extended."
+                )
+            raise MethodParameterError(
+                f"target_length={target} contradicts {method!r}, which is for {implied} positions "
+                f"on a trained length of {length}; {rest}"
+            )

@@ -179,7 +179,7 @@ def _describe_patch(model: nn.Module, patch: Resolved, length: int | None) -> De
     return _describe_sites(
         patch.sites,
         entries,
-        advice(patch),
+        advice(patch, model),
         method=method,
         factor=method.get("factor"),
         mrope_layout=None if patch.layout is None else asdict(patch.layout),

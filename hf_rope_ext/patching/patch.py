@@ -46,7 +46,7 @@ def patch_model(
     *,
     factor: float | Mapping[str, float] | None = None,
     target_length: int | None = None,
-    original_max_position_embeddings: int | None = None,
+    original_max_position_embeddings: int | Sequence[int] | None = None,
     layer_types: Sequence[str] | None = None,
     limit_only: bool = False,
     mrope_layout: str | MRopeLayout | None = None,
@@ -75,7 +75,8 @@ def patch_model(
             model with M-RoPE also by axis: ``{"t": 4, "h": 1}``.
         target_length: Target length in positions, instead of ``factor``.
         original_max_position_embeddings: The trained length in positions, where the config's
-            ``max_position_embeddings`` is not it.
+            ``max_position_embeddings`` is not it; or one for each set of frequencies, in the order
+            of ``describe(model).sites`` (an encoder and its decoder can differ).
         layer_types: In families with ``rope_parameters`` per layer type, which ones to extend; by
             default those without a sliding window.
         limit_only: Only raise the length limit in the config; the frequencies stay as they are.
@@ -135,7 +136,7 @@ def _patch(model: nn.Module, arguments: PatchArguments, *, probe: bool) -> nn.Mo
         try:
             if probe:
                 _probe(model, resolved)
-            for note in advice(resolved):
+            for note in advice(resolved, model):
                 warnings.warn(note, RopeWarning, stacklevel=3)
         except BaseException:
             revert_all(resolved.changes)

@@ -54,6 +54,7 @@ def resolve(arguments: PatchArguments, model: nn.Module) -> Resolved:
     )
     for site in sites:
         _require_ready(site, arguments)
+    trained = [site.geometry.original_max_position_embeddings for site in sites]
     sites = [read_axes(site) for site in sites]
     layout = arguments.mrope_layout
     if not isinstance(layout, MRopeLayout | None):
@@ -61,9 +62,10 @@ def resolve(arguments: PatchArguments, model: nn.Module) -> Resolved:
     layouts = [_apply_layout(site, layout) for site in sites]
     changed = layout if any(layouts) else None
     sites = [_assign_axes(site, applied) for site, applied in zip(sites, layouts, strict=True)]
-    method, target = arguments.make_method(sites[0].geometry), arguments.target_length
+    geometries = [site.geometry for site in sites]
+    method, target = arguments.make_method(*geometries), arguments.target_length
     if arguments.limit_only:
-        method, target = NoScaling(), arguments.find_limit(method, sites[0].geometry)
+        method, target = NoScaling(), arguments.find_limit(method, *geometries)
     policy = arguments.make_policy(method)
     rotations = [
         _rotation(site, method, arguments.temperature, policy, applied)
@@ -78,6 +80,7 @@ def resolve(arguments: PatchArguments, model: nn.Module) -> Resolved:
     settings = {
         "target_length": target,
         "layer_types": None if layer_types is None else list(layer_types),
+        **({"original_max_position_embeddings": trained} if len(set(trained)) > 1 else {}),
         **({"lengths": policy.to_dict()} if method.length_dependent else {}),
         **({} if changed is None else {"mrope_layout": asdict(changed)}),
         **({} if visual is None else {"visual_positions": visual.to_dict()}),
@@ -115,7 +118,12 @@ def _resolve_vision(arguments: PatchArguments, model: nn.Module) -> Resolved:
         raise MethodParameterError(
             "temperature='logits' is for target='text'; a vision tower applies it to cos and sin."
         )
-    sites = read_towers(model, arguments.original_max_position_embeddings)
+    trained = arguments.original_max_position_embeddings
+    if isinstance(trained, list | tuple):
+        raise MethodParameterError(
+            f"original_max_position_embeddings is one length with target='vision', got {trained!r}."
+        )
+    sites = read_towers(model, trained)  # type: ignore[arg-type]
     names = tower_axes(sites[0])
     method = arguments.make_method(with_axis_names(sites[0].geometry, names))
     if method.length_dependent:

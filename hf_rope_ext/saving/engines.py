@@ -13,14 +13,14 @@ from typing import Any
 
 from torch import nn
 
-from hf_rope_ext.checks import require_choice
+from hf_rope_ext.checks import require_choice, require_integer, shown
 from hf_rope_ext.errors import ExportError
 from hf_rope_ext.geometry import RopeGeometry
 from hf_rope_ext.methods import NTK, Base, Linear, Method, NoScaling, NTKByParts, Yarn
 from hf_rope_ext.models.family import Config
 from hf_rope_ext.models.rope_config import stock_attributes
 from hf_rope_ext.models.sites import RopeSite
-from hf_rope_ext.patching.arguments import PatchArguments
+from hf_rope_ext.patching.arguments import LONGEST, PatchArguments
 from hf_rope_ext.patching.resolve import resolve
 from hf_rope_ext.rotary.installed import patch_of
 from hf_rope_ext.saving.loading import skeleton
@@ -71,7 +71,13 @@ def export(
     Raises:
         ExportError: If the engine is unknown or cannot express the method.
     """
+    from transformers import PreTrainedConfig
+
     require_choice("to", to, TARGETS, ExportError)
+    if frozen is not None:
+        require_integer("frozen", frozen, 1, LONGEST, unit="positions", error=ExportError)
+    if not isinstance(model_or_config, nn.Module | PreTrainedConfig):
+        raise ExportError(f"export takes a model or its config, got {shown(model_or_config)}.")
     model = model_or_config if isinstance(model_or_config, nn.Module) else None
     patch = None if model is None else patch_of(model)
     vision = None if model is None else patch_of(model, "vision")
@@ -79,6 +85,11 @@ def export(
         raise ExportError(
             f"{to} has no setting for the RoPE of a vision tower. Unpatch it, or save the model: "
             f"stock transformers loads 'ntk' and 'base', and load_pretrained every method."
+        )
+    if patch is not None and (method != "none" or arguments):
+        raise ExportError(
+            f"the model is patched with {patch.method!r}, which is what is exported; omit method "
+            f"and its arguments, or unpatch the model first."
         )
     if patch is not None:
         resolved = patch

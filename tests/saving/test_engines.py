@@ -207,3 +207,25 @@ def test_a_saved_and_reloaded_config_of_the_export_is_the_config(tmp_path, llama
         AutoConfig.from_pretrained(tmp_path).rope_parameters
         == export(llama).config["rope_parameters"]
     )
+
+
+@pytest.mark.parametrize("value", [None, 3, "a/model", {"model_type": "llama"}, torch.zeros(2)])
+def test_what_is_neither_a_model_nor_a_config_is_refused(value):
+    with pytest.raises(ExportError, match="takes a model or its config, got"):
+        export(value, method="yarn", factor=4)
+
+
+@pytest.mark.parametrize("frozen", [0, -1, "128", 2.0, True, 10**30])
+def test_a_length_to_freeze_at_is_checked_whatever_the_method(frozen):
+    for method in ("yarn", "dynamic_yarn"):
+        with pytest.raises(ExportError, match="frozen must be an integer from 1"):
+            export(patch_model(tiny_llama(), method, factor=4), frozen=frozen)
+
+
+def test_a_patched_model_is_exported_as_it_is_and_not_by_another_method(llama):
+    patch_model(llama, "yarn", factor=4)
+
+    for arguments in ({"method": "linear"}, {"factor": 2}, {"method": "linear", "factor": 2}):
+        with pytest.raises(ExportError, match=r"the model is patched with Yarn\(factor=4"):
+            export(llama, **arguments)
+    assert export(llama).config["rope_parameters"]["factor"] == 4.0
