@@ -280,6 +280,17 @@ def test_what_cannot_be_trained_is_refused(llama):
         add_adapter(llama, targets=["no_such_layer"])
 
 
+@pytest.mark.parametrize("tied", [False, True])
+def test_full_fine_tuning_trains_the_whole_text_model_and_its_head(tied):
+    model = tiny_llama(tie_word_embeddings=tied)
+    model.requires_grad_(False)
+
+    add_adapter(model, "full")
+
+    assert all(weight.requires_grad for weight in model.parameters())
+    assert model.lm_head.weight.requires_grad
+
+
 def test_full_fine_tuning_leaves_the_vision_tower_frozen():
     model = add_adapter(zoo.build("qwen2_vl"), "full")
     free = [name for name, weight in model.named_parameters() if weight.requires_grad]

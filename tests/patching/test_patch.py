@@ -106,6 +106,19 @@ def test_a_failed_replacement_leaves_the_patch_that_was_there(llama, ids):
     assert torch.equal(logits(llama, ids), logits(tiny_llama(), ids))
 
 
+def test_a_failed_replacement_brings_back_the_softmax_scales(llama, ids):
+    patch_model(llama, "yarn", factor=4, temperature="logits")
+    expected = logits(llama, ids)
+    scales = [layer.self_attn.scaling for layer in llama.model.layers]
+
+    with pytest.raises(MethodParameterError):
+        patch_model(llama, "longrope", factor=4, long_factor=[1.0], replace=True)
+
+    assert [layer.self_attn.scaling for layer in llama.model.layers] == scales
+    assert scales[0] > 16**-0.5
+    assert torch.equal(logits(llama, ids), expected)
+
+
 def test_a_patched_model_refuses_a_second_patch(llama):
     patch_model(llama, "yarn", factor=4)
     before = state(llama)
@@ -159,6 +172,28 @@ def test_replacing_a_configs_scaling_starts_from_the_unscaled_theta(ids):
     assert relative(logits(model, ids), logits(stock, ids)) < 1e-5
     unpatch_model(model)
     assert torch.equal(logits(model, ids), native)
+
+
+@pytest.mark.parametrize("place", ["rope_parameters", "config"])
+@pytest.mark.parametrize("rope_type", ["yarn", "llama3", "longrope"])
+def test_replacing_starts_from_the_trained_length_that_stands_beside_the_extended_one(
+    rope_type, place, ids
+):
+    rope = {
+        "yarn": {"factor": 4.0},
+        "llama3": {"factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0},
+        "longrope": {"short_factor": [1.0] * 8, "long_factor": [2.0] * 8},
+    }[rope_type]
+    rope = {**rope, "rope_type": rope_type, "original_max_position_embeddings": TRAINED}
+    model = tiny_llama(rope, max_position_embeddings=4 * TRAINED)
+    if place == "config":
+        model.config.original_max_position_embeddings = TRAINED
+        del model.config.rope_parameters["original_max_position_embeddings"]
+
+    patch_model(model, "yarn", factor=4, replace=True)
+
+    assert relative(logits(model, ids), logits(tiny_llama(YARN), ids)) < 1e-5
+    assert model.config.max_position_embeddings == 4 * TRAINED
 
 
 def test_replacing_asks_for_the_trained_length_where_the_config_does_not_say_it(ids):
