@@ -8,7 +8,7 @@ export TOKENIZERS_PARALLELISM ?= false
 # the models of the tests and the demo are tiny, so one thread is faster than several
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo check test test-quick test-slow test-gpu test-releases wheel clean
+.PHONY: demo check test test-quick test-slow test-gpu test-releases mutants wheel clean
 
 $(VENV)/.demo: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -47,6 +47,10 @@ test-gpu: $(VENV)/.dev
 # The core of the tests on other releases of transformers, each in an environment of its own.
 test-releases: $(VENV)/.dev
 	$(BIN)/python benchmarks/releases.py $(RELEASES)
+
+# Mistakes put into the code one at a time, and how many the tests catch: `make mutants ROOMS=cache`.
+mutants: $(VENV)/.dev
+	nice $(BIN)/python benchmarks/mutants.py --record $(ROOMS)
 
 wheel: $(VENV)/.dev
 	$(BIN)/pip wheel --quiet --no-deps --wheel-dir dist .

@@ -18,6 +18,7 @@ from hf_rope_ext.methods import (
     NTK,
     Cope,
     Dynamic,
+    DynamicYarn,
     Giraffe,
     Linear,
     Llama3,
@@ -365,6 +366,29 @@ def test_cope_takes_the_papers_share_of_the_pairs_and_can_clip_hard():
     clipped = Cope(hard_clip=True).plan(RopeGeometry(64, 1e4, 4096)).inv_freq
 
     assert (clipped == 0).tolist() == [False] * 22 + [True] * 10
+
+
+@pytest.mark.parametrize("inner", [Dynamic(4), DynamicYarn(4), Yarn(4), Linear(2)])
+@pytest.mark.parametrize("cls", [Cope, Resonance])
+def test_a_modifier_applies_its_rule_to_whatever_the_method_plans(cls, inner):
+    method, at = cls(inner), 9000
+    expected = cls(inner.freeze(LLAMA2, at)).plan(LLAMA2)
+
+    assert method.target_length(LLAMA2) == inner.target_length(LLAMA2)
+    assert method.length_dependent == inner.length_dependent
+    assert method.freeze(LLAMA2, at) == cls(inner.freeze(LLAMA2, at))
+    if inner.length_dependent:
+        # within the trained length nothing is modified but by the plan of a row
+        assert torch.equal(method.plan(LLAMA2).inv_freq, LLAMA2.inv_freq())
+        rows = method.plan_at(LLAMA2, lengths(100, at))
+        torch.testing.assert_close(rows.inv_freq[1, 0], expected.inv_freq, rtol=1e-13, atol=0)
+        assert float(torch.as_tensor(rows.attention_scaling).flatten()[-1]) == pytest.approx(
+            float(expected.attention_scaling)
+        )
+    else:
+        assert torch.equal(method.plan(LLAMA2).inv_freq, expected.inv_freq)
+        assert method.plan(LLAMA2).attention_scaling == inner.plan(LLAMA2).attention_scaling
+        assert not torch.equal(expected.inv_freq, inner.plan(LLAMA2).inv_freq)
 
 
 def test_giraffe_truncates_as_its_code_does():

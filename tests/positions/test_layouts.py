@@ -16,13 +16,14 @@ from hf_rope_ext import (
     MRopeLayout,
     RopeError,
     RopeWarning,
+    VisualPositions,
     describe,
     export,
     load_pretrained,
     patch_model,
     unpatch_model,
 )
-from hf_rope_ext.positions.layouts import LAYOUTS, LayoutRule
+from hf_rope_ext.positions.layouts import LAYOUTS, AppliedLayout, LayoutRule
 
 pytestmark = pytest.mark.filterwarnings("ignore::hf_rope_ext.errors.RopeWarning")
 
@@ -46,6 +47,49 @@ def test_pairs_have_the_axes_of_the_definition(name):
     pairs = axes if name != "mhrope" else "t" * 16 + "h" * 24 + "w" * 24
     turning = MRopeLayout(name).on(tuple(sorted(pairs, key="thw".index)), heads=8)
     assert "".join(turning.names[row] for row in turning.rows) == axes
+
+
+def test_a_layout_brings_the_placement_of_its_paper():
+    own = {name: MRopeLayout(name).visual_positions for name in NAMES}
+
+    assert own == {
+        **dict.fromkeys(NAMES),
+        "videorope": VisualPositions(placement="diagonal", stride=2.0),
+        "hope": VisualPositions(placement="diagonal"),
+    }
+
+
+@pytest.mark.parametrize("order", [None, [2, 0, 3, 1]])
+@pytest.mark.parametrize("rows", [1, 2])
+def test_angles_are_those_of_a_loop_over_pairs(order, rows):
+    layout = AppliedLayout((0, 1, 2, 1), ("t", "h", "w"))
+    positions = torch.randint(0, 99, (3, rows, 5), generator=torch.Generator().manual_seed(0))
+    frequencies = torch.rand(rows, 1, 4, generator=torch.Generator().manual_seed(1))
+    for inv_freq in (frequencies, frequencies[0, 0]):
+        each = inv_freq.expand(rows, 1, 4)
+        found = layout.angles(positions, inv_freq, order)
+        text = layout.angles(positions[0], inv_freq, order)
+
+        assert found.shape == text.shape == (rows, 5, 4)
+        for stored, pair in enumerate(order or range(4)):
+            along = positions[layout.rows[pair]]
+            assert torch.equal(found[..., stored], along * each[..., 0, stored, None])
+            assert torch.equal(text[..., stored], positions[0] * each[..., 0, stored, None])
+
+
+@pytest.mark.parametrize(
+    ("axes", "heads", "rows"),
+    [
+        ("ttthhhwww", 3, "thw"),
+        ("tttttttthw", 4, "tthw"),
+        ("tthhhhhhhhhh" + "w" * 12, 8, "thhhwwww"),
+        ("thwwwwwwww", 4, "thww"),
+    ],
+)
+def test_heads_are_shared_in_proportion_with_one_for_each_axis(axes, heads, rows):
+    layout = MRopeLayout("mhrope").on(tuple(axes), heads)
+
+    assert "".join(layout.names[row] for row in layout.rows) == rows
 
 
 def test_sections_may_be_uneven():

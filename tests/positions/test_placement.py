@@ -154,6 +154,71 @@ def test_the_text_behind_can_follow_another_rule():
         assert placed(positions, kinds, rule)[-1] == [start] * 3
 
 
+def test_a_stride_is_between_frames_alone():
+    positions, kinds = stock_positions(3, (2, 2, 3), 1)
+    found = placed(positions, kinds, VisualPositions(stride=3.0))
+    assert found[3:15] == [
+        [3 + 3 * k, 3 + row, 3 + column]
+        for k in range(2)
+        for row in range(2)
+        for column in range(3)
+    ]
+    assert found[15] == [6] * 3
+
+
+@pytest.mark.parametrize("before", [0, 4])
+def test_a_family_whose_text_counts_tokens_is_told_by_it(before):
+    positions, kinds = stock_positions(before, (2, 2, 2), 2)
+    tokens = before + 8
+    positions[:, 0, tokens:] = torch.tensor([tokens, tokens + 1])
+
+    found = placed(positions, kinds, VisualPositions(factor=2.0), next_text="tokens")
+    assert found[tokens:] == [[tokens] * 3, [tokens + 1] * 3]
+    found = placed(positions, kinds, VisualPositions(next_text="max"), next_text="tokens")
+    assert found[tokens:] == [[before + 2] * 3, [before + 3] * 3]
+    with pytest.raises(RopeError, match="text resumes at"):
+        placed(positions, kinds, VisualPositions(factor=2.0), next_text="spatial")
+
+
+def test_every_block_of_a_row_is_moved_by_those_before_it():
+    first, kinds = stock_positions(1, (1, 4, 4), 2)
+    second, more = stock_positions(int(first[0, 0, -1]) + 1, (1, 2, 4), 1)
+    cut = int(first[0, 0, -1]) + 1
+    positions = torch.cat((first, second[:, :, cut:]), dim=2)
+    kinds = torch.cat((kinds, more[:, cut:]), dim=1)
+
+    found = placed(positions, kinds, VisualPositions(factor={"h": 4, "w": 2}, centred=False))
+
+    one = [[1, 1 + row / 4, 1 + column / 2] for row in range(4) for column in range(4)]
+    two = [[5, 5 + row / 4, 5 + column / 2] for row in range(2) for column in range(4)]
+    assert found == [[0] * 3, *one, [3] * 3, [4] * 3, *two, [7] * 3]
+
+
+def test_factors_are_those_of_the_axes_a_model_has():
+    given = {"t": 4}
+    rule = VisualPositions(factor=given)
+    given["t"] = given["x"] = 8
+
+    assert rule.factors(("t", "h", "w")) == (4.0, 1.0, 1.0)
+    assert rule.factors(("h", "t")) == (1.0, 4.0)
+    assert VisualPositions(factor=2).factors(("h", "w")) == (2.0, 2.0)
+    assert VisualPositions(placement="reset").factors(("h", "w")) == (1.0, 1.0)
+    for wrong in (
+        rule,
+        VisualPositions(placement="diagonal"),
+        VisualPositions(next_text="time"),
+    ):
+        with pytest.raises(MethodParameterError, match=r"no axis 't'.*have 'h', 'w'"):
+            wrong.factors(("h", "w"))
+
+
+def test_shapes_that_do_not_match_are_refused():
+    positions, kinds = stock_positions(1, (1, 2, 2), 1)
+    for wrong in (positions[:2], positions[:, :, 1:], positions.repeat(1, 2, 1)):
+        with pytest.raises(RopeError, match=r"t, h, w have shape \(axes, batch, seq\)"):
+            place_visual_tokens(wrong, kinds, VisualPositions())
+
+
 def test_whole_positions_stay_whole_and_padding_is_left_alone():
     positions, kinds = stock_positions(2, (2, 2, 2), 2)
     padded = torch.cat((torch.full((3, 1, 3), 1), positions), dim=2)
