@@ -17,6 +17,7 @@ import argparse
 import ast
 import difflib
 import functools
+import gc
 import importlib
 import importlib.machinery
 import importlib.util
@@ -75,7 +76,7 @@ ROOMS: dict[str, tuple[str, str]] = {
     "loss": ("finetune/loss.py", "finetune/test_finetune_loss.py"),
     "sequences": (
         "finetune/sequences.py finetune/pose.py",
-        "finetune/test_finetune_data.py finetune/test_finetune_techniques.py",
+        "finetune/test_sequences.py",
     ),
     "lora": ("finetune/lora.py", "finetune/test_finetune_adapter.py"),
 }
@@ -240,7 +241,7 @@ class _Finder:
 
 
 class _Order:
-    """Runs some of the tests, in an order, and writes down the one that failed."""
+    """Runs some of the tests, in an order; ends the process at the first that fails."""
 
     def __init__(self, tests: Sequence[str] | None, note: Path) -> None:
         self.place = None if tests is None else {test: at for at, test in enumerate(tests)}
@@ -255,6 +256,7 @@ class _Order:
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         if report.failed:
             self.note.write_text(report.nodeid)
+            os._exit(1)
 
 
 class _Watch:
@@ -351,7 +353,7 @@ def try_mutant(mutant: Mutant, paths: Sequence[str], tests: Sequence[str], note:
     """Run the tests on a mutant, in this process; return pytest's exit status."""
     sys.meta_path.insert(0, _Finder(mutant))
     os.chdir(note.parent)
-    return _run(paths, _Order(tests, note))
+    return _run([*paths, "--basetemp", str(note.parent / "temporary")], _Order(tests, note))
 
 
 def try_room(room: str, size: int) -> dict[str, Any]:
@@ -373,6 +375,7 @@ def try_room(room: str, size: int) -> dict[str, Any]:
                     importlib.import_module(name)
                 except Exception:  # a module that only imports within another
                     continue
+        gc.freeze()  # a collection would copy all that the processes share
         whole = sum(watched["tests"].values())
         print(
             f"{room}: {len(chosen)} of {len(everything)} mutants, tests {whole:.1f} s", flush=True

@@ -39,7 +39,7 @@ CORE_TESTS = {
     "finetune/test_finetune_run.py": ("test_a_run_leaves_an_adapter_a_log_a_curve_and_numbers",),
     "models/test_families.py": (
         "test_patched_equals_stock_as_published_and_unpatched_equals_before",
-        "test_nothing_is_left_of_a_patch",
+        "test_a_patch_replaces_the_rotary_modules_of_the_text_alone_and_leaves_nothing",
     ),
     "saving/test_loading.py": (
         "test_every_family_is_saved_so_that_stock_loads_it_or_says_that_it_cannot",

@@ -96,6 +96,67 @@ def test_bad_knobs_name_the_knob_the_value_and_what_is_allowed(name, values, mes
         make_method(name, **values)
 
 
+TINY = math.ulp(0.0)
+BELOW_ONE, ABOVE_ONE = math.nextafter(1, 0), math.nextafter(1, 2)
+PAIR = {"mscale": 0.5, "mscale_all_dim": 0.5}
+# of each knob that is a number: its method and what goes with it, the last values allowed, and the
+# first that are not
+BOUNDS = {
+    **{
+        f"{name}:factor": (name, knobs(name), [1, ABOVE_ONE], [BELOW_ONE])
+        for name in METHODS
+        if "factor" in methods.knobs(METHODS[name])
+    },
+    "ntk_by_parts:beta_fast": ("ntk_by_parts", {"factor": 2, "beta_slow": TINY}, [TINY], [0, -1]),
+    "yarn:beta_slow": ("yarn", {"factor": 2}, [TINY, 32], [0, 33]),
+    "yarn:temperature_coefficient": ("yarn", {"factor": 2}, [0, 0.5], [-TINY]),
+    "yarn:attention_factor": ("yarn", {"factor": 2}, [TINY, 0.5, None], [0]),
+    "yarn:mscale": ("yarn", {"factor": 2, **PAIR}, [TINY, 0.5], [0, None]),
+    "yarn:mscale_all_dim": ("yarn", {"factor": 2, **PAIR}, [TINY, 0.5], [0, None]),
+    "longrope:attention_factor": ("longrope", knobs("longrope"), [TINY, 0.5, None], [0]),
+    "llama3:low_freq_factor": ("llama3", {"factor": 2}, [TINY, 3.9], [0, 4]),
+    "llama3:high_freq_factor": ("llama3", {"factor": 2}, [ABOVE_ONE], [1]),
+    "base:rope_theta": ("base", {}, [ABOVE_ONE], [1]),
+    "proportional:partial_rotary_factor": ("proportional", {}, [TINY, 1], [0, ABOVE_ONE]),
+    "giraffe:power": ("giraffe", {"truncated_length": 9}, [0, 0.5], [-TINY]),
+    "giraffe:truncated_length": ("giraffe", {"power": 1}, [TINY, 0.5, None], [0]),
+    "ntk_mixed:exponent": ("ntk_mixed", {"factor": 2}, [TINY], [0]),
+}
+
+
+@pytest.mark.parametrize("case", BOUNDS)
+def test_a_knob_is_allowed_up_to_its_bound_and_kept_as_a_float(case):
+    name, others, allowed, refused = BOUNDS[case]
+    knob = case.partition(":")[2]
+    for value in allowed:
+        made = getattr(make_method(name, **{**others, knob: value}), knob)
+        assert made == value
+        assert value is None or type(made) is float
+    for value in (*refused, math.nan, True):
+        with pytest.raises(MethodParameterError, match=knob):
+            make_method(name, **{**others, knob: value})
+
+
+def test_equal_betas_are_a_step_by_index_and_none_by_rotations():
+    assert make_method("yarn", factor=2, beta_fast=2, beta_slow=2).beta_fast == 2
+    with pytest.raises(MethodParameterError, match="beta_fast must be greater"):
+        make_method("yarn", factor=2, beta_fast=2, beta_slow=2, ramp="rotation")
+
+
+def test_clipped_pairs_are_at_least_two_or_one_that_is_clipped_hard():
+    assert Cope(clipped_pairs=2).clipped_pairs == 2
+    assert Cope(clipped_pairs=1, hard_clip=True).clipped_pairs == 1
+    for wrong in ({"clipped_pairs": 1}, {"clipped_pairs": 0, "hard_clip": True}):
+        with pytest.raises(MethodParameterError, match="cope: clipped_pairs must be an integer"):
+            Cope(**wrong)
+
+
+@pytest.mark.parametrize("name", ["longrope", "yarn", "llama3", "giraffe"])
+def test_a_message_begins_with_the_method(name):
+    with pytest.raises(MethodParameterError, match=f"^{name}: factor must be"):
+        make_method(name, **{**knobs(name), "factor": 0})
+
+
 @pytest.mark.parametrize(
     "method",
     [
