@@ -71,8 +71,8 @@ ROOMS: dict[str, tuple[str, str]] = {
     "scoring": ("evals/scoring.py", "evals/test_scoring.py"),
     "statistics": ("evals/statistics.py", "evals/test_statistics.py"),
     "measures": ("evals/measures.py", "evals/test_evals.py evals/test_compare.py"),
-    "documents": ("evals/documents.py", "evals/test_evals.py evals/test_perplexity.py"),
-    "tasks": ("evals/tasks/base.py", "evals/test_tasks.py evals/test_evals.py"),
+    "documents": ("evals/documents.py", "evals/test_documents.py"),
+    "tasks": ("evals/tasks/base.py", "evals/test_documents.py"),
     "loss": ("finetune/loss.py", "finetune/test_finetune_loss.py"),
     "sequences": (
         "finetune/sequences.py finetune/pose.py",

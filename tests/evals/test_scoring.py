@@ -9,6 +9,7 @@ import zoo
 from conftest import logits, tiny_llama
 from peft import LoraConfig, get_peft_model
 from torch import nn
+from transformers import LlamaForCausalLM
 
 from hf_rope_ext.evals import scoring
 from hf_rope_ext.evals.scoring import keeps_logits, score_last, score_tokens
@@ -162,6 +163,33 @@ def test_scoring_leaves_no_hook_and_no_gradient(rows, chunk):
     assert not any(part._forward_hooks for part in model.modules())
     assert not found.log_probs.requires_grad
     assert found.log_probs.shape == found.greedy.shape == (3, 8)
+
+
+class Curious(LlamaForCausalLM):
+    """A model whose forward looks at its input and at its decoder."""
+
+    def forward(self, input_ids=None, use_cache=None, logits_to_keep=0, **inputs):
+        assert use_cache is False  # nobody needs the keys
+        output = self.model(input_ids=input_ids, use_cache=use_cache, **inputs)
+        hidden = output.last_hidden_state[:, -logits_to_keep:]
+        scale = len(self.model.layers) * (1 + (input_ids.shape[1] == 40))
+        return SimpleNamespace(logits=self.lm_head(hidden) * scale)
+
+
+@pytest.mark.parametrize("chunk", [None, 5])
+def test_a_forward_sees_its_input_and_its_decoder_as_ever(rows, chunk):
+    model = Curious(tiny_llama().config).eval()
+    with torch.no_grad():
+        full = torch.log_softmax(model(rows, use_cache=False).logits[:, -9:-1].double(), -1)
+
+    found = score_last(model, rows, 8, chunk)
+
+    expected = full.gather(-1, rows[:, -8:, None])[..., 0]
+    torch.testing.assert_close(found.log_probs, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_logits_at_once_take_32_mib():
+    assert scoring.LOGITS_AT_ONCE * torch.float32.itemsize == 32 * 2**20
 
 
 def test_only_a_head_can_leave_out_logits():
