@@ -157,7 +157,7 @@ def test_an_answer_without_tokens_is_refused():
         def __call__(self, text, **settings):
             return super().__call__("" if text == "answer" else text, **settings)
 
-    with pytest.raises(RopeError, match="filler: this tokenizer has no tokens for .* 'answer'"):
+    with pytest.raises(RopeError, match=r"filler: this tokenizer has no tokens for .* 'answer'"):
         documents(Filler(), [60], tokenizer=Silent())
 
 
