@@ -429,11 +429,15 @@ def _summary(
         "caught": round(caught / len(chosen), 3),
         "interval": _interval(caught, len(chosen), len(everything)),
         "seconds": round(seconds),
-        "commit": subprocess.run(
-            ["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True
-        ).stdout.strip(),
+        "commit": _git("rev-parse", "--short", "HEAD")
+        + ("-dirty" if _git("status", "--porcelain", "hf_rope_ext", "patches", "tests") else ""),
         "survivors": survivors,
     }
+
+
+def _git(*words: str) -> str:
+    done = subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True, check=False)
+    return done.stdout.strip()
 
 
 def _interval(caught: int, tried: int, everything: int) -> list[float] | None:

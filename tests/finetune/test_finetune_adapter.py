@@ -281,6 +281,54 @@ def test_what_cannot_be_trained_is_refused(llama):
 
 
 @pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("kind", ["lora", "rslora", "dora"])
+@pytest.mark.parametrize("norms", [False, True])
+def test_an_adapter_is_the_one_asked_for(kind, norms, tied):
+    def settings(**chosen):
+        model = tiny_llama(tie_word_embeddings=tied)
+        return add_adapter(model, norms_and_embeddings=norms, **chosen).peft_config["default"]
+
+    found = settings(adapter=kind, rank=3, alpha=7.0, dropout=0.25)
+    assert (found.r, found.lora_alpha, found.lora_dropout) == (3, 7.0, 0.25)
+    assert (found.use_rslora, found.use_dora) == (kind == "rslora", kind == "dora")
+    assert set(found.target_modules) == LLAMA_ATTENTION
+    assert bool(found.modules_to_save) == norms
+    assert bool(found.ensure_weight_tying) == (norms and tied)
+    assert found.task_type == "CAUSAL_LM"
+    if kind == "lora":
+        default = settings()
+        assert (default.r, default.lora_alpha, default.lora_dropout) == (8, 16, 0.0)
+        assert (default.use_rslora, default.use_dora) == (False, False)
+        assert set(settings(targets=["q_proj"]).target_modules) == {"q_proj"}
+        assert set(settings(targets="all-linear").target_modules) == LLAMA_ATTENTION | LLAMA_MLP
+
+
+def test_short_names_are_used_only_where_they_match_nothing_else():
+    model = tiny_llama()
+    model.model.extra = torch.nn.ModuleDict({"q_proj": torch.nn.Linear(4, 4)})
+    config = add_adapter(model).peft_config["default"]
+
+    assert {name.rpartition(".")[2] for name in config.target_modules} == LLAMA_ATTENTION
+    assert all(name.startswith("model.layers.") for name in config.target_modules)
+    assert not any("lora" in name for name, _ in model.model.extra.named_modules())
+
+
+def test_a_norm_that_matches_elsewhere_is_not_trained_by_chance():
+    model = tiny_llama()
+    model.vision_model = torch.nn.ModuleDict({"norm": torch.nn.LayerNorm(4)})
+
+    with pytest.raises(RopeError, match=r"differ in .*train_norms_and_embeddings"):
+        add_adapter(model, norms_and_embeddings=True)
+
+
+def test_a_patch_of_a_part_does_not_change_which_model_is_trained():
+    model = zoo.build("qwen2_vl")
+    expected = find_target_modules(model)
+
+    assert find_target_modules(patch_model(model, "yarn", factor=4)) == expected
+
+
+@pytest.mark.parametrize("tied", [False, True])
 def test_full_fine_tuning_trains_the_whole_text_model_and_its_head(tied):
     model = tiny_llama(tie_word_embeddings=tied)
     model.requires_grad_(False)
