@@ -1,9 +1,13 @@
-"""Knobs for every registered method, so that a new method is tested by being registered."""
+"""Knobs for every registered method, and what stock transformers computes from a config."""
 
 from dataclasses import MISSING, fields
 from typing import Any
 
+import pytest
+import torch
+from transformers import LlamaConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from hf_rope_ext.methods import METHODS, make_method
 
@@ -37,3 +41,36 @@ FACTOR_ONLY = tuple(name for name in METHODS if knobs(name).keys() == {"factor"}
 PER_REQUEST = tuple(name for name in METHODS if make_method(name, **knobs(name)).length_dependent)
 # and stock transformers has no word for it
 NOT_STOCK = tuple(name for name in PER_REQUEST if name not in ROPE_INIT_FUNCTIONS)
+
+
+def stock_plan(geometry, parameters, length):
+    """Frequencies and temperature of stock transformers for a request."""
+    trained = geometry.original_max_position_embeddings
+    config = LlamaConfig(
+        hidden_size=geometry.rotary_dim,
+        num_attention_heads=1,
+        max_position_embeddings=trained
+        * (2 if "original_max_position_embeddings" in parameters else 1),
+        rope_parameters={"rope_theta": geometry.base, **parameters},
+    )
+    if parameters["rope_type"] == "default":
+        return LlamaRotaryEmbedding.compute_default_rope_parameters(config)
+    return ROPE_INIT_FUNCTIONS[parameters["rope_type"]](config, "cpu", seq_len=length)
+
+
+def assert_stock_computes(method, geometry, parameters=None):
+    """Assert that stock transformers plans each length from a config as a method does."""
+    parameters = parameters or method.rope_parameters(geometry)
+    trained = geometry.original_max_position_embeddings
+    # some stock types do not compute with it, but other tools read it
+    if parameters["rope_type"] not in ("default", "proportional"):
+        assert parameters["factor"] == method.factor
+    for length in (1, trained, trained + 1, 3 * trained):
+        expected, scaling = stock_plan(geometry, parameters, length)
+        plan = method.plan(geometry)
+        if method.length_dependent:
+            at = torch.tensor(float(length), dtype=torch.float64).reshape(1, 1, 1)
+            plan = method.plan_at(geometry, at)
+        found = plan.inv_freq.reshape(-1).float()
+        torch.testing.assert_close(found, expected, rtol=2e-5, atol=1e-12)
+        assert float(plan.attention_scaling) == pytest.approx(scaling, rel=1e-6)

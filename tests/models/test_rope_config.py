@@ -1,17 +1,22 @@
 """The config of a patched model, and of one that is to be patched."""
 
+import copy
 import json
+from dataclasses import replace
 
 import pytest
 import torch
+import zoo
 from conftest import TRAINED, logits, relative, tiny_llama
-from method_knobs import knobs
+from method_knobs import knobs, stock_plan
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS, RopeParameters
 
-from hf_rope_ext import (
-    RopeError,
-    load_pretrained,
-    patch_model,
-)
+from hf_rope_ext import ExportError, RopeError, export, load_pretrained, patch_model
+from hf_rope_ext.geometry import FrequencyPlan, RopeGeometry
+from hf_rope_ext.methods import METHODS, make_method
+from hf_rope_ext.models.rope_config import longrope_parameters, unscaled_parameters
+from hf_rope_ext.models.sites import read_sites
+from hf_rope_ext.rotary.installed import patch_of
 
 
 def test_static_ntk_is_saved_as_a_base_every_loader_understands(llama):
@@ -20,6 +25,129 @@ def test_static_ntk_is_saved_as_a_base_every_loader_understands(llama):
     parameters = llama.config.rope_parameters
     assert parameters["rope_type"] == "default"
     assert parameters["rope_theta"] == pytest.approx(10000 * 4 ** (16 / 14))
+
+
+# as transformers' configs have them, and as older ones and this package had them
+TRAINING = {"rope_theta", "rope_type", "partial_rotary_factor", "mrope_section"}
+SCALING = [
+    *sorted(set(RopeParameters.__annotations__) - TRAINING),
+    *("alpha", "attn_factor", "edited", "long_mscale", "short_mscale", "type"),
+]
+
+
+@pytest.mark.parametrize("key", [*SCALING, "mrope_section", "partial_rotary_factor", "unknown"])
+def test_a_scaling_that_is_replaced_leaves_no_key_and_what_is_trained_stays(key, llama):
+    (site,) = read_sites(llama)
+    scaled = replace(site, rope_scaling={"rope_type": "yarn", "rope_theta": 3.0, key: 7})
+
+    expected = {"rope_type": "default", "rope_theta": 10000.0}
+    if key not in SCALING:
+        expected[key] = 7
+    assert unscaled_parameters(scaled) == expected
+    keeping = replace(
+        scaled, rotary=replace(site.rotary, family=replace(site.family, keeps=(key,)))
+    )
+    assert unscaled_parameters(keeping)[key] == 7
+
+
+@pytest.mark.parametrize("temperature", [1.0, 1.3])
+@pytest.mark.parametrize(
+    "method",
+    [
+        make_method(name, **knobs(name))
+        for name in METHODS
+        if not make_method(name, **knobs(name)).length_dependent
+    ],
+    ids=lambda method: method.name,
+)
+def test_any_static_plan_is_a_longrope_of_transformers(method, temperature):
+    geometry = RopeGeometry(16, 1e4, TRAINED, 16)
+    plan = replace(method.plan(geometry), attention_scaling=temperature)
+    written = longrope_parameters(geometry, plan, 4 * TRAINED)
+
+    for length in (1, TRAINED, TRAINED + 1, 4 * TRAINED):
+        found, scaling = stock_plan(geometry, written, length)
+        torch.testing.assert_close(found, plan.inv_freq.float(), rtol=2e-6, atol=1e-29)
+        assert scaling == temperature
+    assert written["factor"] == 4.0
+    assert {**written, "short_factor": 0, "long_factor": 0} == {
+        "rope_type": "longrope",
+        "factor": 4.0,
+        "original_max_position_embeddings": TRAINED,
+        "short_factor": 0,
+        "long_factor": 0,
+        "attention_factor": temperature,
+    }
+    for target in (None, TRAINED, TRAINED // 2):
+        assert longrope_parameters(geometry, plan, target)["factor"] == 1.0
+
+
+def test_a_slowdown_is_written_to_14_digits_and_rest_as_a_large_one():
+    geometry = RopeGeometry(8, 1e4, TRAINED, rotated_pairs=3)
+    plan = FrequencyPlan(geometry.inv_freq() / 3)
+
+    assert longrope_parameters(geometry, plan, None)["long_factor"] == [3.0, 3.0, 3.0, 1e30]
+
+
+@pytest.mark.parametrize("target", [None, 200])
+def test_the_record_holds_the_patch_and_what_was_there_before(llama, target):
+    chosen = {"factor": 4} if target is None else {"target_length": target}
+    patch_model(llama, "linear", **chosen)
+
+    assert llama.config.hf_rope_ext == {
+        "version": 1,
+        "method": {"name": "linear", "factor": 4.0 if target is None else target / TRAINED},
+        "original_max_position_embeddings": TRAINED,
+        "temperature": "rotation",
+        "target_length": target,
+        "layer_types": None,
+        "unscaled": {
+            "max_position_embeddings": TRAINED,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
+        },
+    }
+    assert llama.config.max_position_embeddings == (target or 4 * TRAINED)
+    assert llama.config.rope_parameters["rope_type"] == "linear"
+
+
+def test_layers_that_are_not_extended_keep_their_parameters():
+    model = zoo.build("gemma3_text")
+    before = copy.deepcopy(model.config.rope_parameters)
+
+    patch_model(model, "linear", factor=4)
+
+    full = {"rope_type": "linear", "rope_theta": 1000000.0, "factor": 4.0}
+    assert model.config.rope_parameters == {**before, "full_attention": full}
+    unscaled = model.config.hf_rope_ext["unscaled"]
+    assert unscaled["rope_parameters"] == before
+
+
+def test_a_form_of_a_layer_type_says_nothing_that_stock_reads_elsewhere():
+    """transformers reads `truncate` from the outer dict alone."""
+    model = zoo.build("gemma3_text")
+    patch_model(model, "yarn", factor=4, truncate=False)
+    (rotary,) = patch_of(model).rotaries.values()
+
+    form = model.config.rope_parameters["full_attention"]
+    assert form["rope_type"] == "longrope"
+    found, scaling = ROPE_INIT_FUNCTIONS["longrope"](
+        model.config, "cpu", seq_len=256, layer_type="full_attention"
+    )
+    torch.testing.assert_close(found, rotary.full_attention_inv_freq, rtol=2e-6, atol=0)
+    assert scaling == rotary.full_attention_attention_scaling
+
+
+def test_a_temperature_for_the_logits_has_a_stock_form_where_the_whole_head_rotates(llama):
+    patch_model(llama, "yarn", factor=4, temperature="logits")
+    assert llama.config.rope_parameters["rope_type"] == "yarn"
+    for model_type in ("glm4", "hunyuan_v1_dense"):
+        model = zoo.build(model_type)
+        patch_model(model, "yarn", factor=4, temperature="logits")
+        assert model.config.rope_parameters["rope_type"] == "hf_rope_ext.yarn"
+        with pytest.raises(ExportError, match="transformers has no key for it"):
+            export(model)
+        patch_model(model, "linear", factor=4, temperature="logits", replace=True)
+        assert model.config.rope_parameters["rope_type"] == "linear"
 
 
 def test_the_published_base_of_a_128_wide_head():
