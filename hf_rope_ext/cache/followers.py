@@ -49,6 +49,7 @@ class _Follower:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Do it to the cache and to its plan."""
         cache: Any = self.cache()
+        rows = host.row_count(cache)
         result = getattr(type(cache), self.name)(cache, *args, **kwargs)
         plan = plan_of(cache)
         if plan is None:
@@ -58,8 +59,11 @@ class _Follower:
         else:
             (change,) = (*args, *kwargs.values())
             _move_rows(plan, change)
-            note = getattr(cache, NOTE, {})
-            setattr(cache, NOTE, {name: _move(value, 0, change) for name, value in note.items()})
+            note = {
+                name: _move(_repeat(value, rows), 0, change)
+                for name, value in getattr(cache, NOTE, {}).items()
+            }
+            setattr(cache, NOTE, note)
         return result
 
 
@@ -83,3 +87,10 @@ def _move(values: Any, dim: int, change: Tensor | int) -> Any:
     if isinstance(change, int):
         return values.repeat_interleave(change, dim=dim)
     return values.index_select(dim, change.to(values.device))
+
+
+def _repeat(value: Any, rows: int | None) -> Any:
+    """Return a value by row for each of its beams."""
+    if not isinstance(value, Tensor) or value.ndim < 2 or not rows:
+        return value
+    return value.repeat_interleave(max(rows // value.shape[0], 1), dim=0)

@@ -17,7 +17,7 @@ from hf_rope_ext.errors import RopeError, UnsupportedModelError
 from hf_rope_ext.models import host
 from hf_rope_ext.models.find import innermost_models
 from hf_rope_ext.rotary.installed import SwapRotary
-from hf_rope_ext.rotary.request_plan import plan_of, row_lengths
+from hf_rope_ext.rotary.request_plan import CachePlan, plan_of, row_lengths
 from hf_rope_ext.rotary.running import Generation, announce, announced_generation
 
 
@@ -220,11 +220,14 @@ def _prepare(model: nn.Module, generation: Generation, request: host.GenerateReq
         if lengths is not None and plan.lengths is not None:
             known = plan.lengths.to(lengths.device).clamp(min=plan.trained)
             outgrows = bool((lengths > known).any())
-        can_refill_all = has_whole_text and can_refill(plan, generation.arguments)
-        if outgrows and can_refill_all:
-            host.empty_cache(cache)  # refilled from the whole text: a longer plan, which is exact
-            request.prepare_positions_again(model, generation.input_ids, generation.arguments)
-        generation.outgrows = outgrows and not can_refill_all
+        generation.outgrows = outgrows
+        if outgrows and has_whole_text and can_refill(plan, generation.arguments):
+            positions = request.positions_of_text(model, ids, generation.arguments)
+            if positions is None or _agree(plan, positions, mask, seen):
+                host.empty_cache(cache)  # refilled under a longer plan, which is exact
+                generation.outgrows = False
+                if positions is not None:
+                    request.arguments["position_ids"] = positions
         plan.capacity = max(plan.capacity, 0 if outgrows else length)
     if not int(host.self_attention_cache(cache).get_seq_length()):
         attach_plan(cache, None)
@@ -244,3 +247,16 @@ def _final_lengths(
     if mask is not None and mask.shape[-1] != positions.shape[-1]:
         mask = None
     return row_lengths(positions, mask, new_tokens + generation.virtual_tokens)
+
+
+def _agree(plan: CachePlan, positions: Tensor, mask: Tensor | None, seen: int) -> bool:
+    """Return whether the tokens of a cache are where those of a text begin."""
+    if plan.positions is None:
+        return True
+    held = plan.positions[..., :seen]
+    axes = held.shape[0] if held.ndim == 3 else 1
+    expected = positions[..., :seen].to(held.device)
+    differ = held != (expected[-axes:] if expected.ndim == 3 else expected)
+    if mask is not None:
+        differ = differ & (mask[:, :seen].to(held.device) != 0)
+    return not bool(differ.any())

@@ -270,7 +270,7 @@ class Planner:
             mask=mask,
             lengths=lengths,
             size=None if limit else size,
-            records=self.policy.on_growth == "rerotate" and size is None,
+            records=size is None,
         )
 
     def _first_after(self, cache: Any, asked: _Asked, seen: int) -> Call:

@@ -165,6 +165,12 @@ def fixed_size(cache: Any) -> int | None:
     return max(sizes, default=None)
 
 
+def row_count(cache: Any) -> int | None:
+    """Return the number of rows in a cache; None if it holds no keys yet."""
+    keys = (getattr(layer, "keys", None) for layer in cache.layers)
+    return next((held.shape[0] for held in keys if isinstance(held, Tensor)), None)
+
+
 def is_quantized(layer: Any) -> bool:
     """Return whether a layer of a cache keeps quantized keys."""
     return hasattr(layer, "_quantized_keys") or hasattr(layer, "_dequantize")
@@ -207,10 +213,10 @@ class GenerateRequest:
         length = values["max_cache_length"] + 1
         return cls(values["generation_config"], values["model_kwargs"], length)
 
-    def prepare_positions_again(
+    def positions_of_text(
         self, model: Any, input_ids: Tensor | None, given: Mapping[str, Any]
-    ) -> None:
-        """Prepare positions for a cache that was emptied since.
+    ) -> Tensor | None:
+        """Return the positions that a whole text has in an empty cache.
 
         Those of a vision-language model continue from a filled cache, images or not.
 
@@ -218,14 +224,19 @@ class GenerateRequest:
             model: The model that generates.
             input_ids: The whole text.
             given: The arguments of ``generate``, of which images are encoded by now.
+
+        Returns:
+            What replaces `positions`; None where the model computes them in its call.
         """
         prepare, positions = getattr(model, PREPARE_POSITIONS, None), self.positions
-        is_passed = given.get("position_ids") is not None
-        if prepare is None or positions is None or is_passed or input_ids is None:
-            return
-        prepared = prepare(input_ids, dict(given))
+        if given.get("position_ids") is not None:
+            return positions
+        if prepare is None or positions is None or input_ids is None:
+            return None
+        without_cache = {name: value for name, value in given.items() if not is_cache(value)}
+        prepared = prepare(input_ids, without_cache)
         rows = positions.shape[-2] // prepared.shape[-2]  # repeated for beams
-        self.arguments["position_ids"] = prepared.repeat_interleave(rows, dim=-2)
+        return prepared.repeat_interleave(rows, dim=-2)  # type: ignore[no-any-return]
 
     def has_whole_text(self, input_ids: Tensor | None) -> bool:
         """Return whether it was given the text that a cache holds too, or only what follows it.

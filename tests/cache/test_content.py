@@ -257,3 +257,16 @@ def test_a_note_is_kept_from_a_tuple_too():
                 one(input_ids=text(1, 10))
             found.append(one(input_ids=text(1, 2), **{CACHE: cache}).logits)
     assert torch.equal(*found)
+
+
+def test_beams_over_rows_with_images_keep_their_notes():
+    model = zoo.build("qwen2_vl")
+    patch_model(model, "dynamic_yarn", factor=4)
+    inputs = zoo_images.image_inputs(model, words=60, padded=True)
+    settings = {"num_beams": 3, "max_new_tokens": 4, "suppress_tokens": zoo_images.SPECIAL}
+
+    found = model.generate(**inputs, **settings, do_sample=False)
+
+    row = {name: value[:1] for name, value in inputs.items() if len(value) == 2}
+    alone = model.generate(**{**inputs, **row}, **settings, do_sample=False)
+    assert torch.equal(found[:1], alone)

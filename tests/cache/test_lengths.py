@@ -325,3 +325,18 @@ def test_a_turn_that_outgrows_a_fixed_cache_is_refused_before_it_starts(family, 
 
     kept = zip(keys, cache.layers, strict=True)
     assert all(torch.equal(before, layer.keys) for before, layer in kept)
+
+
+def test_a_cache_with_positions_of_its_own_is_not_filled_again_from_ids():
+    model, ids = dynamic(on_growth="freeze"), text(1, 90)
+    cache = DynamicCache(config=model.config)
+    with torch.no_grad():
+        model(ids[:, :20], **{CACHE: cache}, use_cache=True)
+        leap = torch.arange(40, 60)[None]
+        model(ids[:, 20:40], **{CACHE: cache}, position_ids=leap, use_cache=True)
+    keys = cache.layers[0].keys.clone()
+
+    greedy(model, ids, 10, **{CACHE: cache})
+
+    assert torch.equal(cache.layers[0].keys[:, :, :40], keys)
+    assert request_plan(cache).lengths.item() == 20
