@@ -149,6 +149,15 @@ def _tell(parent: nn.Module, name: str, module: nn.Module | None) -> None:
             change.wrapped(parent, module)
 
 
+def unrecorded(model: nn.Module) -> list[str]:
+    """Return a warning if a PEFT model is already around a model, where it cannot be seen from."""
+    inside = "peft_config" in vars(model) and not getattr(model, "_hf_peft_config_loaded", False)
+    return [
+        f"{type(model).__name__} is the base of a PEFT model, which will save its adapters without "
+        f"a record of this patch; patch the PEFT model instead."
+    ] * inside
+
+
 def live_record(model: nn.Module) -> dict[str, Any] | None:
     """Return the record of a patched model as it would be read from JSON; None if unpatched."""
     patches = [patch for target in TARGETS if (patch := patch_of(model, target))]

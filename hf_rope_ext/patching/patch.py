@@ -21,7 +21,7 @@ from hf_rope_ext.errors import (
     UnsupportedModelError,
 )
 from hf_rope_ext.methods import Method
-from hf_rope_ext.patching.adapter_record import RecordAdapters
+from hf_rope_ext.patching.adapter_record import RecordAdapters, unrecorded
 from hf_rope_ext.patching.advice import advice
 from hf_rope_ext.patching.arguments import TARGETS, PatchArguments
 from hf_rope_ext.patching.cache_proof import prove_cached_plans
@@ -136,7 +136,7 @@ def _patch(model: nn.Module, arguments: PatchArguments, *, probe: bool) -> nn.Mo
         try:
             if probe:
                 _probe(model, resolved)
-            for note in advice(resolved, model):
+            for note in (*advice(resolved, model), *unrecorded(model)):
                 warnings.warn(note, RopeWarning, stacklevel=3)
         except BaseException:
             revert_all(resolved.changes)

@@ -2,6 +2,8 @@
 
 import importlib.util
 import json
+import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -265,6 +267,26 @@ def test_an_adapter_of_a_classifier_finds_the_classifier(tmp_path, ids):
     found = load_pretrained(tmp_path / "adapter", num_labels=3).eval()
 
     assert torch.equal(logits(found, ids), logits(model, ids))
+
+
+@pytest.mark.parametrize("adapted", [False, True])
+def test_what_is_pushed_to_the_hub_holds_the_record(adapted, tmp_path, ids, monkeypatch):
+    tiny_llama().save_pretrained(tmp_path / "base")
+    model = patch_model(load_pretrained(tmp_path / "base"), "dynamic_yarn", factor=4)
+    if adapted:
+        lora = LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False)
+        model = get_peft_model(model, lora).eval()
+    repository = SimpleNamespace(repo_id="someone/model")
+    api = SimpleNamespace(create_repo=lambda *given, **more: repository)
+    card = SimpleNamespace(save=lambda path: None)
+    monkeypatch.setattr("transformers.utils.hub.hf_api", lambda: api)
+    monkeypatch.setattr("transformers.utils.hub.create_and_tag_model_card", lambda *a, **k: card)
+    pushed = tmp_path / "pushed"
+    model._upload_modified_files = lambda directory, *a, **k: shutil.copytree(directory, pushed)
+
+    model.push_to_hub("someone/model")
+
+    assert torch.equal(logits(load_pretrained(pushed), ids), logits(model, ids))
 
 
 def test_an_adapter_beside_its_base_is_loaded_onto_that(tmp_path, ids):
