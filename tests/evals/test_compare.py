@@ -18,7 +18,7 @@ from tokenizers import Tokenizer, models
 from transformers import GenerationConfig, PreTrainedTokenizerFast
 
 from hf_rope_ext import RopeError, patch_model, patched
-from hf_rope_ext.evals.answering import SharedPrefix, answer, to_row
+from hf_rope_ext.evals.answering import SharedPrefix, answer, has_fixed_frequencies, to_row
 from hf_rope_ext.evals.bench import Bench
 from hf_rope_ext.evals.compare import compare, evaluate
 from hf_rope_ext.evals.documents import build_dataset
@@ -167,6 +167,141 @@ def test_batches_of_unlike_rows_score_as_single_ones(tokenizer):
 
     for one, document in zip(together, documents, strict=True):
         assert one == pytest.approx(results(model, tokenizer, [document], 1)[0], rel=1e-4)
+
+
+@pytest.mark.parametrize("method", ["linear", "dynamic_yarn"])
+def test_a_batch_holds_rows_that_are_answered_alike(tokenizer, monkeypatch, method):
+    model = patch_model(wide_llama(), method, factor=12)
+    documents = [
+        *build_dataset("rope_kv", tokenizer, [400, 500], samples=1, max_new_tokens=3, depths=[0.5]),
+        *build_dataset("rope_kv", tokenizer, [450], samples=3, max_new_tokens=5, depths=[0.5]),
+        *build_dataset("rope_copy", tokenizer, [300], samples=3),
+        *build_dataset("rope_cot_chain_maj", tokenizer, [500], samples=2, max_new_tokens=4, n=3),
+    ]
+    random.Random(0).shuffle(documents)
+    calls, done = [], []
+
+    def generate(input_ids, attention_mask, generation_config, **_):
+        lengths = attention_mask.sum(1).tolist()
+        count = generation_config.num_return_sequences
+        calls.append((generation_config.max_new_tokens, count, lengths))
+        assert generation_config.do_sample == (count == 3)
+        return input_ids.repeat_interleave(count, dim=0)
+
+    monkeypatch.setattr(model, "generate", generate)
+    monkeypatch.setattr("hf_rope_ext.evals.answering._worth_sharing", lambda rows, size: False)
+    model.model.register_forward_pre_hook(
+        lambda module, inputs, named: calls.append((0, 1, [0] * len(named["input_ids"]))),
+        with_kwargs=True,
+    )
+    rows = [to_row(tokenizer, document, TASKS[document["task"]]) for document in documents]
+
+    answer(model, tokenizer, rows, 2, done.append)
+
+    assert sum(done) == len(documents) == sum(len(lengths) for _, _, lengths in calls)
+    for _, count, lengths in calls:
+        assert len(lengths) <= (1 if count == 3 else 2)
+        assert lengths == sorted(lengths, reverse=True)
+        assert method == "linear" or len(set(lengths)) == 1
+    sizes = [(new, count, len(lengths)) for new, count, lengths in calls]
+    asked = [document["max_new_tokens"] for document in documents]
+    assert asked.count(3) == 2
+    if method == "linear":  # lengths differ, and padding is no matter
+        assert sizes.count((3, 1, 2)) == 1
+        assert sorted(size for new, _, size in sizes if new == 5) == [1, 2]
+    else:
+        assert sizes.count((3, 1, 1)) == 2
+    assert sizes.count((4, 3, 1)) == 2
+    first = calls[0][2]
+    assert first == [0] or max(first) == max(max(lengths) for _, _, lengths in calls)
+
+
+def test_a_prefix_is_kept_where_it_is_an_eighth_of_the_row_and_never_to_its_end():
+    model = tiny_llama()
+    ran = []
+    model.model.layers[0].register_forward_pre_hook(
+        lambda module, inputs, named: ran.append(inputs[0].shape[1]), with_kwargs=True
+    )
+    shared = SharedPrefix(model)
+    first = list(range(1, 65))
+
+    for row, last, runs in (
+        (first, 1, 64),
+        ([*first[:8], *[0] * 56], 1, 56),  # 8 of 64 tokens are shared: just enough
+        ([*first[:7], *[99] * 57], 1, 64),  # 7 are not
+        ([*first[:7], *[99] * 57], 3, 3),  # the same row again: what is asked for runs again
+        ([*first[:7], *[99] * 50], 1, 1),  # a shorter row that the cache covers
+    ):
+        with torch.no_grad():
+            found = shared.fill(row, last)
+            expected = model(input_ids=torch.tensor([row])).logits[0, -last:]
+        assert ran.pop(0) == runs
+        ran.clear()
+        torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
+
+
+def test_a_long_row_is_filled_in_pieces(monkeypatch):
+    monkeypatch.setattr("hf_rope_ext.evals.answering.PREFILL", 10)
+    model = tiny_llama()
+    ran = []
+    model.model.layers[0].register_forward_pre_hook(
+        lambda module, inputs, named: ran.append(inputs[0].shape[1]), with_kwargs=True
+    )
+    row = list(range(32))
+
+    with torch.no_grad():
+        for last, pieces in ((2, [10, 10, 12]), (1, [10, 10, 10, 2])):
+            ran.clear()
+            found = SharedPrefix(model).fill(row, last)
+            assert ran == pieces
+            expected = model(input_ids=torch.tensor([row])).logits[0, -last:]
+            torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
+
+
+def test_a_document_that_just_fits_its_length_is_served_and_one_token_more_is_not(tokenizer):
+    for name in ("rope_copy", "rope_kv"):
+        (document,) = build_dataset(
+            name, tokenizer, [500], 1, **({"depths": [1]} if "kv" in name else {})
+        )
+        document["length"] = needed = document["tokens"] + (
+            document["max_new_tokens"]
+            if document["kind"] == "generate"
+            else len(
+                encode(tokenizer, document["prompt"] + document["answer"] + document["target"])
+            )
+            - document["tokens"]
+        )
+        assert to_row(tokenizer, document, TASKS[name]).ids
+        document["length"] = needed - 1
+        with pytest.raises(RopeError, match=rf"takes {needed} tokens, more than its length"):
+            to_row(tokenizer, document, TASKS[name])
+
+
+@pytest.mark.parametrize(
+    ("rope", "fixed"),
+    [
+        ({}, True),
+        ({"rope_type": "linear", "factor": 2.0}, True),
+        ({"rope_type": "dynamic", "factor": 2.0}, False),
+        ({"rope_type": "longrope", "factor": 2.0, "short_factor": [1.0] * 8,
+          "long_factor": [2.0] * 8, "original_max_position_embeddings": 64}, False),
+    ],
+)  # fmt: skip
+def test_only_frequencies_that_never_change_allow_padding_and_shared_prefixes(rope, fixed):
+    assert has_fixed_frequencies(tiny_llama(rope)) == fixed
+    if fixed:
+        with patched(
+            tiny_llama(rope),
+            "dynamic_yarn",
+            factor=2,
+            replace=True,
+            original_max_position_embeddings=64,
+        ) as model:
+            assert not has_fixed_frequencies(model)
+    with patched(
+        tiny_llama(rope), "yarn", factor=2, replace=True, original_max_position_embeddings=64
+    ) as model:
+        assert has_fixed_frequencies(model)
 
 
 def test_samples_depend_on_the_seed_alone_and_leave_the_generator_alone(tokenizer):

@@ -2,6 +2,7 @@
 
 import logging
 import random
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from lm_eval.models.huggingface import HFLM
 
 from hf_rope_ext import RopeError, load_pretrained, patch_model, patched, save_pretrained
 from hf_rope_ext.evals.lm_eval.model import RopeHFLM
-from hf_rope_ext.evals.scoring import score_tokens
+from hf_rope_ext.evals.scoring import score_last, score_tokens
 
 LONG = 4 * TRAINED
 
@@ -332,6 +333,26 @@ def test_a_batch_size_is_found_by_trying(model, tokenizer):
     assert lm.generate_until(prompts, True) == fixed.generate_until(prompts, True)
 
 
+@pytest.mark.parametrize("fails", [False, True])
+def test_the_batch_size_is_as_before_after_a_generation(model, tokenizer, monkeypatch, fails):
+    lm = RopeHFLM(model, tokenizer=tokenizer, batch_size="auto", max_batch_size=3)
+    prompts = ask("generate_until", ("a cat", {"max_gen_toks": 4}))
+    sizes = []
+
+    def generate(self, context, **settings):
+        sizes.append(self.batch_size)
+        if fails:
+            raise RuntimeError("out of memory")
+        return context
+
+    monkeypatch.setattr(HFLM, "_model_generate", generate)
+    with pytest.raises(RuntimeError) if fails else nullcontext():
+        lm.generate_until(prompts, True)
+
+    assert sizes == [3]
+    assert lm.batch_size == "auto"
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -374,3 +395,18 @@ def test_no_more_logits_than_a_chunk_are_ever_made(model):
     score_tokens(model, ids, where, ids[:, 1:].flatten(), chunk=7)
 
     assert max(made) == 7
+
+
+@pytest.mark.parametrize(
+    ("rows", "chunk", "at_most"), [(8, 6, 8), (8, 47, 47), (8, 48, 48), (1, 5, 5)]
+)
+def test_a_chunk_counts_the_rows_of_the_batch(model, rows, chunk, at_most):
+    """Five scored positions and the last: fewer than a chunk in a row, but not in the batch."""
+    made = []
+    model.lm_head.register_forward_hook(lambda head, args, out: made.append(out.shape[:-1].numel()))
+    ids = torch.randint(0, 512, (rows, 50))
+
+    score_last(model, ids, 5, chunk=chunk)
+
+    assert max(made) <= at_most
+    assert (len(made) == 1) == (rows * 6 <= chunk)
