@@ -105,8 +105,13 @@ def export(
     if frozen is not None:
         used = used.freeze(site.geometry, frozen)
     root = _root_config(model_or_config)
-    length = used.target_length(site.geometry) or site.config.max_position_embeddings
-    settings = _Settings(resolved.sites, used, resolved.temperature, length, root)
+    lengths = {}
+    for change in resolved.configs:
+        config = change.owner
+        geometry = next(site.geometry for site in resolved.sites if site.config is config)
+        limit = change.values.get("max_position_embeddings") or config.max_position_embeddings
+        lengths[id(config)] = used.target_length(geometry) or limit
+    settings = _Settings(resolved.sites, used, resolved.temperature, lengths, root)
     return TARGETS[to](settings)
 
 
@@ -117,7 +122,7 @@ class _Settings:
     sites: list[RopeSite]
     method: Method
     temperature: str
-    length: int
+    lengths: dict[int, int]
     root: Config
 
     @property
@@ -125,10 +130,15 @@ class _Settings:
         """The first site; engines have one method for the whole text model."""
         return self.sites[0]
 
+    @property
+    def length(self) -> int:
+        """The length of the first site, in positions."""
+        return self.lengths[id(self.site.config)]
+
     def attributes(self, config: Config) -> dict[str, Any]:
         """Return the new attributes of a text config for stock transformers."""
         sites = [site for site in self.sites if site.config is config]
-        length = {"max_position_embeddings": self.length}
+        length = {"max_position_embeddings": self.lengths[id(config)]}
         return {**length, **stock_attributes(sites, self.method, self.temperature, length)}
 
     def changes(self) -> dict[str, Any]:

@@ -229,3 +229,78 @@ def test_a_patched_model_is_exported_as_it_is_and_not_by_another_method(llama):
         with pytest.raises(ExportError, match=r"the model is patched with Yarn\(factor=4"):
             export(llama, **arguments)
     assert export(llama).config["rope_parameters"]["factor"] == 4.0
+
+
+@pytest.mark.parametrize(
+    ("method", "arguments"),
+    [
+        ("base", {"rope_theta": 1e6, "target_length": 256}),
+        ("none", {"limit_only": True, "target_length": 256}),
+        ("yarn", {"limit_only": True, "factor": 4}),
+        ("cope", {"target_length": 256}),
+        ("yarn", {"target_length": 256}),
+        ("none", {}),
+    ],
+)
+def test_the_length_is_the_one_that_was_asked_for_whatever_the_method(method, arguments):
+    """The oracle is what patching writes into the config."""
+    model = patch_model(tiny_llama(), method, **arguments)
+    limit = model.config.max_position_embeddings
+
+    for source, more in ((model, {}), (tiny_llama().config, {"method": method, **arguments})):
+        assert export(source, **more).config["max_position_embeddings"] == limit
+        assert flag(export(source, "vllm", **more), "--max-model-len") == str(limit)
+        assert flag(export(source, "sglang", **more), "--context-length") == str(limit)
+    if method in ("none", "base", "yarn"):
+        assert flag(export(model, "llama.cpp"), "--ctx-size") == str(limit)
+
+
+def test_a_frozen_plan_has_the_length_it_was_frozen_at():
+    model = patch_model(tiny_llama(), "dynamic_yarn", target_length=256)
+
+    assert export(model, frozen=128).config["max_position_embeddings"] == 128
+
+
+@pytest.mark.filterwarnings("ignore:.*sliding window:hf_rope_ext.errors.RopeWarning")
+def test_an_encoder_and_its_decoder_each_get_their_own_length():
+    config = zoo.config("t5gemma")
+    config.encoder.max_position_embeddings, config.decoder.max_position_embeddings = 64, 128
+
+    changes = export(config, method="linear", factor=4).config
+
+    assert changes["encoder"]["max_position_embeddings"] == 256
+    assert changes["decoder"]["max_position_embeddings"] == 512
+
+
+@pytest.mark.parametrize(
+    "knobs", [{"ramp": "rotation"}, {"blend": "harmonic"}, {"truncate": False}]
+)
+def test_llama_cpp_has_no_flags_for_other_ramps(knobs):
+    with pytest.raises(ExportError, match=r"llama\.cpp has no flags for yarn"):
+        exported("yarn", "llama.cpp", factor=4, **knobs)
+
+
+def test_llama_cpp_cannot_leave_pairs_unrotated():
+    model = zoo.build("gemma4_text")
+
+    for method in ("linear", "ntk", "yarn"):
+        with pytest.raises(ExportError, match=r"unrotated pairs \(p-RoPE\)"):
+            export(model, "llama.cpp", method=method, factor=4)
+    assert export(model, "llama.cpp").flags[0] == "--ctx-size"
+
+
+def test_each_deviation_of_llama_cpp_is_noted_and_nothing_else():
+    def notes(**values):
+        return [note.split()[0] for note in exported("yarn", "llama.cpp", factor=4, **values).notes]
+
+    assert notes() == []
+    assert notes(beta_fast=16) == ["--yarn-beta-fast"]
+    assert notes(beta_slow=2) == ["--yarn-beta-slow"]
+    assert notes(attention_factor=1.0) == ["--yarn-attn-factor"]
+
+
+def test_vllm_notes_that_it_picks_one_list_and_engines_of_one_static_base_say_so():
+    assert "selects one of longrope's lists" in exported("ntk_mixed", "vllm", factor=4).notes[0]
+    assert exported("ntk_mixed", "sglang", factor=4).notes == ()
+    assert exported("linear", "vllm", factor=4).notes == ()
+    assert exported("yarn", "vllm", factor=4).notes == ()
