@@ -197,6 +197,31 @@ def test_a_fit_asks_few_sizes_within_the_limits(limits, guess):
         assert len(asked) <= (12 if largest < 1 << 40 else 60)
 
 
+@pytest.mark.parametrize("unit", [1, 7, 40])
+def test_a_fit_of_like_units_takes_few_steps(unit):
+    asked = []
+
+    def tokens(size):
+        asked.append(size)
+        return 11 + unit * size
+
+    assert fit(tokens, 100_000, (0, 1 << 40), 3) == (100_000 - 11) // unit
+    assert len(asked) <= 5
+
+
+@pytest.mark.parametrize("guess", [0, 1, 40, 700])
+@pytest.mark.parametrize(
+    "count", [lambda size: max(0, size - 300), lambda size: size // 64, lambda size: size**2 // 99]
+)
+@pytest.mark.parametrize("largest", [500, 1 << 40])
+def test_a_fit_is_found_where_units_are_unlike(count, guess, largest):
+    for budget in (0, 1, 7, 200):
+        found = fit(count, budget, (0, largest), guess)
+
+        assert count(found) <= budget
+        assert found == largest or count(found + 1) > budget
+
+
 def test_a_data_set_is_of_a_task_of_documents(monkeypatch):
     monkeypatch.setitem(registry.TASKS, "filler", Filler())
     found = build_dataset("filler", Words(), [60.0], max_new_tokens=3)
