@@ -158,9 +158,9 @@ def _name_of_call(node: cst.CSTNode) -> str | None:
 
 
 def _is_listed(node: cst.CSTNode) -> bool:
-    """Return whether a node is a string on its own or the list of public names."""
-    if isinstance(node, cst.Assign):
-        return node.targets[0].target.deep_equals(cst.Name("__all__"))
+    """Return whether a node is a string on its own, the list of public names or a type's name."""
+    if isinstance(node, cst.Assign) and isinstance(name := node.targets[0].target, cst.Name):
+        return name.value == "__all__" or (name.value[0].isupper() and not name.value.isupper())
     return isinstance(node, cst.Expr) and isinstance(node.value, cst.BaseString)
 
 
