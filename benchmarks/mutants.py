@@ -33,6 +33,7 @@ import time
 import traceback
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from importlib.metadata import version
 from math import sqrt
 from pathlib import Path
 from typing import Any
@@ -64,8 +65,11 @@ ROOMS: dict[str, tuple[str, str]] = {
         "models/test_rope_config.py models/test_temperature.py patching/test_patch.py "
         "patching/test_probe.py patching/test_describe.py",
     ),
-    "rotary": ("rotary", "rotary patching/test_patch.py patching/test_robustness.py cache"),
-    "cache": ("cache", "cache patching/test_cache_proof.py models/test_mrope_families.py"),
+    "rotary": (
+        "rotary",
+        "rotary patching/test_patch.py cache/test_lengths.py cache/test_boundaries.py",
+    ),
+    "cache": ("cache", "cache patching/test_cache_proof.py"),
     "patching": ("patching changes.py", "patching"),
     "saving": ("saving", "saving finetune/test_finetune_adapter.py"),
     "scoring": ("evals/scoring.py", "evals/test_scoring.py"),
@@ -493,7 +497,7 @@ def main() -> int:
         print(f"{room}: {tried[room]['caught']:.1%} in {tried[room]['seconds']} s", flush=True)
         if asked.record:
             known = {name: {**known, **tried}[name] for name in ROOMS if name in {**known, **tried}}
-            record("mutants", known, sample=asked.sample, seed=SEED)
+            record("mutants", known, sample=asked.sample, seed=SEED, mutmut=version("mutmut"))
     print(render(tried))
     if asked.record:
         page = ROOT / "docs" / "testing.md"

@@ -292,7 +292,8 @@ def test_router_losses_are_not_dropped():
 
 @pytest.mark.parametrize("chunk", [0, -1, 2.5, True])
 def test_a_chunk_is_a_number_of_tokens(llama, chunk):
-    with pytest.raises(RopeError, match="at least 1"), chunked_loss(llama, chunk):
+    message = "the loss's chunk must be an integer of at least 1, in tokens, got"
+    with pytest.raises(RopeError, match=message), chunked_loss(llama, chunk):
         pass
 
 
