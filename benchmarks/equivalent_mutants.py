@@ -10,6 +10,23 @@ EQUIVALENT: dict[str, tuple[str, ...]] = {
         "step < 8: -> if size > smallest and used > low_tokens and step <= 8:",
         "hf_rope_ext/evals/documents.py fit: if size > smallest and used > low_tokens and "
         "step < 8: -> if size >= smallest and used > low_tokens and step < 8:",
+        "hf_rope_ext/evals/documents.py fit: size = (low + high) // 2 if high <= largest else "
+        "2 * low + 1 -> size = (low + high) // 2 if high <= largest else 3 * low + 1",
+    ),
+    "Other tokens, in a call that keeps a cache or not, prove the loss as well": (
+        "hf_rope_ext/finetune/loss.py _probe: ids = torch.arange(1, 9, device=weight.device)[None]"
+        " * 7919 % max(vocabulary // 2, 2) -> ids = torch.arange(9, device=weight.device)[None]"
+        " * 7919 % max(vocabulary // 2, 2)",
+        "hf_rope_ext/finetune/loss.py _probe: ids = torch.arange(1, 9, device=weight.device)[None]"
+        " * 7919 % max(vocabulary // 2, 2) -> ids = torch.arange(1, 9, device=weight.device)[None]"
+        " * 7919 % max(vocabulary // 3, 2)",
+        "hf_rope_ext/finetune/loss.py _probe: chunked = forward(input_ids=ids, labels=ids, "
+        "use_cache=False).loss -> chunked = forward(input_ids=ids, labels=ids, use_cache=True).loss",
+    ),
+    "Inputs of another size show as well that a head is linear": (
+        "hf_rope_ext/finetune/loss.py _ChunkedForward._sum_losses: sample = torch.linspace(-1000, "
+        "1000, hidden.shape[-1]).to(head.weight)[None] -> sample = torch.linspace(-1000, 1001, "
+        "hidden.shape[-1]).to(head.weight)[None]",
     ),
 }
 """Names of mutants by reason, as in the result file."""

@@ -48,7 +48,7 @@ def assert_same_step(model, ids, **arguments):
 
 
 @pytest.mark.parametrize("tied", [False, True])
-@pytest.mark.parametrize("items", [None, torch.tensor(91)])
+@pytest.mark.parametrize("items", [None, torch.tensor(91), 91])
 def test_loss_and_gradients_are_those_of_the_full_logits(ids, tied, items):
     assert_same_step(tiny_llama(tie_word_embeddings=tied), ids, num_items_in_batch=items)
 
@@ -157,6 +157,15 @@ def test_only_a_head_that_is_one_linear_map_is_left_to_torch(bypass, model_type,
         model(ids, labels=ids, use_cache=False).loss.backward()
 
     assert bool(bypass) == plain
+
+
+def test_a_head_with_a_bias_is_left_to_torch_with_it(bypass, ids):
+    model = tiny_llama()
+    model.lm_head = torch.nn.Linear(64, 128)
+    torch.nn.init.normal_(model.lm_head.bias)
+
+    assert_same_step(model, ids)
+    assert bypass
 
 
 @pytest.mark.parametrize("obstacle", ["adapter", "hook", "pre-hook", "autocast", "own forward"])
