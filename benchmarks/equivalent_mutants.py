@@ -21,7 +21,8 @@ EQUIVALENT: dict[str, tuple[str, ...]] = {
         " * 7919 % max(vocabulary // 2, 2) -> ids = torch.arange(1, 9, device=weight.device)[None]"
         " * 7919 % max(vocabulary // 3, 2)",
         "hf_rope_ext/finetune/loss.py _probe: chunked = forward(input_ids=ids, labels=ids, "
-        "use_cache=False).loss -> chunked = forward(input_ids=ids, labels=ids, use_cache=True).loss",
+        "use_cache=False).loss -> chunked = forward(input_ids=ids, labels=ids, "
+        "use_cache=True).loss",
     ),
     "Inputs of another size show as well that a head is linear": (
         "hf_rope_ext/finetune/loss.py _ChunkedForward._sum_losses: sample = torch.linspace(-1000, "
