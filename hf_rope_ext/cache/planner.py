@@ -257,7 +257,7 @@ class Planner:
         if lengths is not None and lengths.shape[0] not in (1, asked.rows):
             lengths = None
         mask = asked.mask_after(seen)
-        if cache is not None and capacity > needed and lengths is None:
+        if capacity > needed and lengths is None:
             require_no_empty_row(mask)
         plan = CachePlan(self.method, self.trained, self.policy, capacity)
         plan.is_compiled, plan.is_fixed = torch.compiler.is_compiling(), size is not None

@@ -296,13 +296,15 @@ def test_a_second_turn_is_planned_for_its_final_length(passed):
     assert request_plan(out).lengths.tolist() == [100]
 
 
-def test_a_first_chunk_of_nothing_but_padding_is_refused():
+@pytest.mark.parametrize("given", [True, False])
+def test_a_first_chunk_of_nothing_but_padding_is_refused(given):
     model, ids = dynamic(), text(2, 40)
     mask = torch.ones_like(ids)
     mask[1, :20] = 0
     positions = (mask.cumsum(1) - 1).clamp(min=0)
     cache = DynamicCache(config=model.config)
-    first = {"attention_mask": mask[:, :16], "position_ids": positions[:, :16], CACHE: cache}
+    first = {"attention_mask": mask[:, :16], "position_ids": positions[:, :16]}
+    first |= {CACHE: cache} if given else {"use_cache": True}
     with planned(100), pytest.raises(RopeError, match="row 1 has nothing but padding in the first"):
         model(ids[:, :16], **first)
     assert cache.get_seq_length() == 0
