@@ -9,6 +9,7 @@ import hashlib
 import json
 import weakref
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -67,9 +68,11 @@ class SavePretrained(StandIn):
         """Save, and write the record."""
         result = self.stock(*args, **kwargs)
         arguments = self.__signature__.bind(*args, **kwargs).arguments
-        if arguments.get("is_main_process", True):
+        # a wrapper of another kind saves what is inside it by that one's own method
+        directory = arguments.get("save_directory")
+        if directory is not None and arguments.get("is_main_process", True):
             chosen = arguments.get("selected_adapters")
-            save_record(self.model, arguments["save_directory"], self.weights, chosen)
+            save_record(self.model, directory, self.weights, chosen)
         return result
 
 
@@ -222,18 +225,25 @@ def weights_record(model: nn.Module) -> dict[str, Any] | None:
     from torch.distributed.fsdp import FullyShardedDataParallel
     from torch.distributed.tensor import DTensor
 
-    sharded = any(isinstance(part, FullyShardedDataParallel) for part in model.modules())
-    hashes, dtypes = [], set()
-    for weight in _base_weights(model):
-        whole = weight.is_floating_point() and weight.numel() and not isinstance(weight, DTensor)
-        if sharded or weight.is_meta or not whole:
-            return None
-        dtypes.add(str(weight.dtype).removeprefix("torch."))
-        numbers = weight.detach().to("cpu").contiguous().view(-1).view(torch.uint8).numpy()
-        digest = hashlib.sha256(f"{tuple(weight.shape)}".encode())
-        digest.update(memoryview(numbers))  # type: ignore[arg-type]
-        hashes.append(digest.hexdigest()[:16])
-    return {"dtype": ",".join(sorted(dtypes)), "hashes": sorted(hashes)}
+    weights = _base_weights(model)
+    if any(isinstance(part, FullyShardedDataParallel) for part in model.modules()) or any(
+        weight.is_meta
+        or isinstance(weight, DTensor)
+        or not (weight.is_floating_point() and weight.numel())
+        for weight in weights
+    ):
+        return None
+    dtypes = {str(weight.dtype).removeprefix("torch.") for weight in weights}
+    with ThreadPoolExecutor() as pool:  # hashing leaves the interpreter to other threads
+        hashes = sorted(pool.map(_hash, weights))
+    return {"dtype": ",".join(sorted(dtypes)), "hashes": hashes}
+
+
+def _hash(weight: torch.Tensor) -> str:
+    numbers = weight.detach().to("cpu").contiguous().view(-1).view(torch.uint8).numpy()
+    digest = hashlib.sha256(f"{tuple(weight.shape)}".encode())
+    digest.update(memoryview(numbers))  # type: ignore[arg-type]
+    return digest.hexdigest()[:16]
 
 
 def _base_weights(model: Any) -> list[torch.Tensor]:

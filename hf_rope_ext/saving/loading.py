@@ -19,6 +19,7 @@ from hf_rope_ext.saving.adapters import (
     read_adapter_config,
     read_adapter_record,
 )
+from hf_rope_ext.saving.classes import class_of_base, find_class
 from hf_rope_ext.saving.configs import CODE, SavedConfig, revert_config
 from hf_rope_ext.saving.configs import read_config as read_config
 from hf_rope_ext.saving.record import apply_record
@@ -28,9 +29,6 @@ NOT_CONFIG = ("dtype", "torch_dtype", "quantization_config", "output_loading_inf
 
 PLACE = ("revision", "subfolder")
 """Arguments of ``from_pretrained`` that an adapter on the hub does not share with its base."""
-
-HEADS = ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS", "FEATURE_EXTRACTION")
-"""PEFT's tasks whose model has another head than the checkpoint of its base."""
 
 
 def load_pretrained(
@@ -141,54 +139,6 @@ def load_processor(name_or_path: str | Path) -> Any:
     return processor
 
 
-def find_class(config: Config, **kwargs: Any) -> tuple[Any, bool]:
-    """Return the class to load a model of a config with, and whether it is the one that saved it.
-
-    Args:
-        config: The config.
-        **kwargs: Arguments of ``from_pretrained``.
-
-    Raises:
-        RopeError: If transformers has none.
-    """
-    import transformers
-    from transformers.models.auto import modeling_auto
-
-    saved_by = getattr(config, "architectures", None) or ()
-    remote = getattr(config, "auto_map", None) or {}
-    if kwargs.get("trust_remote_code"):
-        autos = [name for name in remote if name.startswith("AutoModel")]
-        exact = [name for name in autos if remote[name].rpartition(".")[2] in saved_by]
-        if autos:
-            return getattr(transformers, (exact or autos)[0]), bool(exact)
-    for name in saved_by:
-        if hasattr(transformers, name):
-            return getattr(transformers, name), True
-    first = (
-        # before others, since some composite configs are also mapped to the class of their text
-        transformers.AutoModelForImageTextToText,
-        transformers.AutoModelForMultimodalLM,
-        transformers.AutoModelForCausalLM,
-        transformers.AutoModelForSeq2SeqLM,
-        transformers.AutoModelForMaskedLM,
-        transformers.AutoModel,
-    )
-    others = [own for name, own in vars(modeling_auto).items() if name.startswith("AutoModel")]
-    known: list[Any] = []
-    for auto in (*first, *others):
-        mapped = getattr(auto, "_model_mapping", {}).get(type(config), None)
-        known += mapped if isinstance(mapped, tuple | list) else [mapped] if mapped else []
-    for one in known:
-        if one.__name__ in saved_by:
-            return one, True
-    if not known:
-        raise RopeError(
-            f"transformers has no model for model_type={config.model_type!r}; pass model_class, or "
-            f"trust_remote_code=True if its code comes with it."
-        )
-    return known[0], False
-
-
 def _load(name_or_path: str | Path | None, model_class: Any, kwargs: dict[str, Any]) -> Any:
     """Load a model without adapters."""
     wants_information = kwargs.get("output_loading_info", False)
@@ -260,7 +210,7 @@ def _load_with_adapter(
     own = {} if local.is_dir() else {key: kwargs[key] for key in SOURCE if key in kwargs}
     shared = {key: value for key, value in kwargs.items() if not own or key not in PLACE}
     base = adapter_base(name_or_path, **own)
-    loaded = load_pretrained(base, model_class=model_class or _class_of_base(settings), **shared)
+    loaded = load_pretrained(base, model_class=model_class or class_of_base(settings), **shared)
     if kwargs.get("output_loading_info"):
         model, information = loaded
         return load_adapter(model, name_or_path, **own), information
@@ -278,21 +228,6 @@ def _load_beside(directory: Path, model_class: Any, kwargs: dict[str, Any]) -> A
         with applied(model, record, directory):
             pass
     return loaded
-
-
-def _class_of_base(settings: Mapping[str, Any]) -> Any:
-    """Return the class that an adapter was trained on, as far as it says so."""
-    import peft
-    import transformers
-
-    named = (settings.get("auto_mapping") or {}).get("base_model_class")
-    task = settings.get("task_type")
-    if task in HEADS:
-        own = peft.MODEL_TYPE_TO_PEFT_MODEL_MAPPING[task]
-        for auto in vars(peft).values():
-            if getattr(auto, "_target_peft_class", None) is own:
-                return auto._target_class
-    return getattr(transformers, named, None) if named else None
 
 
 def _record_of_model(name_or_path: str | Path, kwargs: dict[str, Any]) -> dict[str, Any] | None:

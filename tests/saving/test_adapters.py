@@ -12,6 +12,7 @@ import torch
 import tuning
 from conftest import logits, tiny_llama
 from peft import LoraConfig, PeftModel, PromptTuningConfig, get_peft_model
+from torch import nn
 from transformers.integrations import peft as peft_integration
 
 from hf_rope_ext import (
@@ -205,6 +206,21 @@ def test_a_copy_waits_for_wrappers_of_its_own(base, tmp_path, ids):
 
     model = lora(copied)
     model.save_pretrained(tmp_path)
+
+    assert torch.equal(logits(load_pretrained(tmp_path), ids), logits(model, ids))
+
+
+def test_a_wrapper_that_saves_what_is_inside_goes_on_doing_so(base, tmp_path, ids):
+    class Wrapper(nn.Module):
+        def __init__(self, inner):
+            super().__init__()
+            self.inner = inner
+
+        def save_pretrained(self, *args, **kwargs):
+            return self.inner.save_pretrained(*args, **kwargs)
+
+    model = lora(extended(base))
+    Wrapper(model).save_pretrained(tmp_path)
 
     assert torch.equal(logits(load_pretrained(tmp_path), ids), logits(model, ids))
 
