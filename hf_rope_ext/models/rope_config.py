@@ -65,7 +65,6 @@ def config_changes(
     temperature: str,
     settings: Mapping[str, Any],
     has_stock_form: bool = True,
-    around: Sequence[Config] = (),
 ) -> list[SetAttributes]:
     """Return the config changes of a patched model.
 
@@ -76,8 +75,6 @@ def config_changes(
         temperature: ``"rotation"`` or ``"logits"``.
         settings: Further entries of the record.
         has_stock_form: Whether stock code turns the same pairs at the same positions.
-        around: The configs of the models around the sites, which stop stock code with them: a whole
-            config hands its own entry down to the configs inside it, over theirs.
     """
     changes = []
     for config in {id(site.config): site.config for site in sites}.values():
@@ -108,10 +105,24 @@ def config_changes(
             "unscaled": unscaled,
         }
         changes.append(SetAttributes(config, attributes))
-    stop = {STOP: remedy(method)}
+    return changes
+
+
+def enclosing_stops(
+    changes: Sequence[SetAttributes], around: Sequence[Config]
+) -> list[SetAttributes]:
+    """Return the changes that make stock code stop at the configs around patched ones.
+
+    A whole config hands its own entry down to the configs inside it, over theirs.
+
+    Args:
+        changes: The changes of the patched configs.
+        around: The configs of the models around those, and of the patched models themselves.
+    """
+    stop = next((change.values[STOP] for change in changes if STOP in change.values), None)
     stopped = {id(change.owner) for change in changes if STOP in change.values}
-    outer = {id(config): config for config in around if stopped and id(config) not in stopped}
-    return [*changes, *(SetAttributes(config, stop) for config in outer.values())]
+    outer = {id(config): config for config in around if id(config) not in stopped}
+    return [] if stop is None else [SetAttributes(own, {STOP: stop}) for own in outer.values()]
 
 
 def loud_attributes(

@@ -21,6 +21,8 @@ from hf_rope_ext.errors import (
     UnsupportedModelError,
 )
 from hf_rope_ext.methods import Method
+from hf_rope_ext.models.find import innermost_models
+from hf_rope_ext.models.rope_config import enclosing_stops
 from hf_rope_ext.patching.adapter_record import RecordAdapters, unrecorded
 from hf_rope_ext.patching.advice import advice
 from hf_rope_ext.patching.arguments import TARGETS, PatchArguments
@@ -237,7 +239,9 @@ def _changes(model: nn.Module, resolved: Resolved) -> list[Change]:
     if resolved.visual is not None:
         configs = [site.config for site in resolved.sites]
         changes += placement_changes(model, configs, resolved.visual, resolved.axes)
-    return [*changes, *resolved.configs, RecordAdapters(model)]
+    around = [part.config for chain in innermost_models(model, swaps) for part in chain]
+    stops = enclosing_stops(resolved.configs, around)
+    return [*changes, *resolved.configs, *stops, RecordAdapters(model)]
 
 
 def _probe(model: nn.Module, resolved: Resolved) -> None:

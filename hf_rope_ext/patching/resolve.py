@@ -16,7 +16,6 @@ from hf_rope_ext.methods import (
     NoScaling,
 )
 from hf_rope_ext.models.family import setting
-from hf_rope_ext.models.find import innermost_models
 from hf_rope_ext.models.rope_config import RECORD, config_changes
 from hf_rope_ext.models.sites import RopeSite, read_sites
 from hf_rope_ext.models.temperature import softmax_changes
@@ -85,7 +84,6 @@ def resolve(arguments: PatchArguments, model: nn.Module) -> Resolved:
         **({} if changed is None else {"mrope_layout": asdict(changed)}),
         **({} if visual is None else {"visual_positions": visual.to_dict()}),
     }
-    paths = dict.fromkeys(site.path for site in sites)
     configs = config_changes(
         sites,
         method,
@@ -93,7 +91,6 @@ def resolve(arguments: PatchArguments, model: nn.Module) -> Resolved:
         temperature=arguments.temperature,
         settings=settings,
         has_stock_form=changed is None and visual is None,
-        around=[part.config for chain in innermost_models(model, paths) for part in chain],
     )
     return Resolved(
         method=method,

@@ -109,8 +109,8 @@ def export(
     for change in resolved.configs:
         config = change.owner
         geometry = next(site.geometry for site in resolved.sites if site.config is config)
-        limit = change.values.get("max_position_embeddings") or config.max_position_embeddings
-        lengths[id(config)] = used.target_length(geometry) or limit
+        asked = used.target_length(geometry) or change.values.get("max_position_embeddings")
+        lengths[id(config)] = asked or config.max_position_embeddings  # some configs have none
     settings = _Settings(resolved.sites, used, resolved.temperature, lengths, root)
     return TARGETS[to](settings)
 

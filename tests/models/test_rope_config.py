@@ -143,7 +143,7 @@ def test_a_temperature_for_the_logits_has_a_stock_form_where_the_whole_head_rota
     for model_type in ("glm4", "hunyuan_v1_dense"):
         model = zoo.build(model_type)
         patch_model(model, "yarn", factor=4, temperature="logits")
-        assert model.config.rope_parameters["rope_type"] == "hf_rope_ext.yarn"
+        assert model.config.rope_parameters["rope_type"].startswith("hf_rope_ext.yarn")
         with pytest.raises(ExportError, match="transformers has no key for it"):
             export(model)
         patch_model(model, "linear", factor=4, temperature="logits", replace=True)
