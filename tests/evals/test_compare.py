@@ -13,12 +13,21 @@ import pytest
 import torch
 from conftest import logits, tiny_llama
 from evaluating import TEXT, Scripted, make_tokenizer, small, wide_llama
+from hypothesis import given
+from hypothesis import strategies as st
 from peft import LoraConfig, get_peft_model
 from tokenizers import Tokenizer, models
 from transformers import GenerationConfig, PreTrainedTokenizerFast
 
 from hf_rope_ext import RopeError, patch_model, patched
-from hf_rope_ext.evals.answering import SharedPrefix, answer, has_fixed_frequencies, to_row
+from hf_rope_ext.evals import answering
+from hf_rope_ext.evals.answering import (
+    SharedPrefix,
+    answer,
+    has_fixed_frequencies,
+    score_target,
+    to_row,
+)
 from hf_rope_ext.evals.bench import Bench
 from hf_rope_ext.evals.compare import compare, evaluate
 from hf_rope_ext.evals.documents import build_dataset
@@ -304,16 +313,59 @@ def test_only_frequencies_that_never_change_allow_padding_and_shared_prefixes(ro
         assert has_fixed_frequencies(model)
 
 
-def test_samples_depend_on_the_seed_alone_and_leave_the_generator_alone(tokenizer):
+def test_samples_depend_on_the_seed_alone_and_leave_the_generator_alone(tokenizer, monkeypatch):
+    said = []
+    monkeypatch.setattr(
+        tokenizer, "batch_decode", lambda ids, **_: said.append(ids.tolist()) or [""] * len(ids),
+        raising=False,
+    )  # fmt: skip
+
+    def samples(seed, index=0, generator=0):
+        documents = build_dataset(
+            "rope_cot_chain_maj", tokenizer, [500], samples=2, seed=seed, max_new_tokens=4, n=3
+        )
+        model = wide_llama()
+        torch.manual_seed(generator)
+        said.clear()
+        results(model, tokenizer, [documents[index]], 1)
+        (drawn,) = said
+        return drawn
+
+    first = samples(3)
+
+    assert len({tuple(answer) for answer in first}) == 3
+    assert samples(3, generator=77) == first
+    assert samples(4) != first
+    assert samples(3, index=1) != first
+
+
+def test_sampling_leaves_the_generator_as_it_was(tokenizer):
     documents = build_dataset("rope_cot_chain_maj", tokenizer, [500], samples=1, max_new_tokens=4)
+    model = wide_llama()
+    torch.manual_seed(77)
     before = torch.get_rng_state()
 
-    first = results(wide_llama(), tokenizer, documents, 1)
+    results(model, tokenizer, documents, 1)
 
-    torch.manual_seed(77)
-    assert results(wide_llama(), tokenizer, documents, 1) == first
-    torch.manual_seed(0)
     assert torch.equal(torch.get_rng_state(), before)
+
+
+@given(st.lists(st.integers(0, 1), max_size=9), st.lists(st.integers(0, 1), max_size=9))
+def test_what_two_rows_share_is_counted_from_their_start(one, other):
+    shared = 0
+    while shared < min(len(one), len(other)) and one[shared] == other[shared]:
+        shared += 1
+
+    assert answering._common(one, other) == shared
+
+
+def test_a_target_is_right_if_each_token_is_and_costs_their_mean():
+    log_probs = torch.tensor([-1.0, -2.0, -6.0], dtype=torch.float64)
+
+    half = score_target(log_probs, torch.tensor([True, False, True]))
+
+    assert half == {"score": 0.0, "token_accuracy": pytest.approx(2 / 3), "nll": 3.0}
+    assert score_target(log_probs, torch.tensor([True] * 3))["score"] == 1.0
 
 
 # answers are the most likely tokens, whatever the checkpoint is used to

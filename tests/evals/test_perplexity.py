@@ -21,6 +21,7 @@ from hf_rope_ext import RopeError, patch_model
 from hf_rope_ext.evals.bench import Bench
 from hf_rope_ext.evals.measures import make_measure
 from hf_rope_ext.evals.perplexity import LongPerplexity, Perplexity
+from hf_rope_ext.evals.registry import make_task
 from hf_rope_ext.evals.scoring import score_last
 
 SMALL = {
@@ -224,7 +225,10 @@ def test_another_model_can_pick_the_key_tokens(model, text):
             96,
             "mode must be one of 'last_block', 'sliding', 'disjoint', 'truncate'",
         ),
-        ({"mode": "sliding", "stride": 0}, 96, "stride must be an integer of at least 1"),
+        ({"stride": 0}, 96, "stride must be an integer of at least 1"),
+        ({"windows": 0}, 96, "windows must be an integer of at least 1"),
+        ({"targets": 0}, 96, "targets must be an integer of at least 1"),
+        ({"tokens": 0}, 96, "tokens must be an integer of at least 1"),
         ({"mode": "sliding", "stride": 128}, 96, "a stride of 128 does not fit in windows of 95"),
         ({"mode": "truncate"}, 1, "a length of 1 leaves no token to score"),
         ({"targets": 96}, 96, "leaves no context before 96 scored tokens"),
@@ -240,3 +244,95 @@ def test_what_cannot_be_measured_is_one_clear_error(model, text, knobs, length, 
 def test_a_short_context_must_be_shorter_than_the_longest_length(text):
     with pytest.raises(RopeError, match="short must be from 8 to less than"):
         make_measure("rope_longppl", {"short": 200}, bench(text, 200))
+
+
+def windows_of(knobs, text, longest, length, **shared):
+    task = make_task("perplexity", **knobs)
+    return task.cut(replace(bench(text, longest), **shared), length)
+
+
+def test_windows_and_targets_are_the_tasks_own_or_those_of_all_tasks(text):
+    shared = {"windows": 5, "targets": 7}
+
+    for mode in ("last_block", "truncate"):
+        assert len(windows_of({"mode": mode}, text, 100, 50, **shared)) == 5
+        assert len(windows_of({"mode": mode, "windows": 2}, text, 100, 50, **shared)) == 2
+    for knobs, targets in (({}, 7), ({"targets": 3}, 3)):
+        found = windows_of(knobs, text, 100, 50, **shared)
+        assert {window.end - window.scored for window in found} == {targets}
+    one = windows_of({"windows": 1}, text, 100, 50, **shared)
+    assert [window.end for window in one] == [100]
+
+
+def test_only_the_first_tokens_are_read_where_told(text):
+    for knobs in ({"mode": "sliding", "stride": 20}, {"mode": "disjoint"}):
+        found = windows_of({**knobs, "tokens": 130}, text, 100, 50)
+        assert found[0].begin == 0
+        assert found[-1].end == 130
+    for mode in ("last_block", "truncate"):
+        found = windows_of({"mode": mode, "tokens": 130, "targets": 9}, text, 100, 50)
+        assert max(window.end for window in found) <= 130
+    sliding = make_task("rope_ppl", stride=20)
+    assert len(text) > 320
+    assert sliding.cut(bench(text, 80), 50)[-1].end == 4 * 80
+    assert make_task("rope_ppl", stride=20, tokens=90).cut(bench(text, 80), 50)[-1].end == 90
+
+
+def test_a_text_of_exactly_the_longest_length_is_enough(text):
+    for name, knobs in (
+        ("perplexity", {}),
+        ("rope_ppl", {"stride": 20}),
+        ("rope_longppl", {"short": 9}),
+    ):
+        measure = make_measure(name, knobs, bench(text[:100], 100))
+        assert measure.units(100) >= 1
+        with pytest.raises(RopeError, match="the text has 99 tokens"):
+            make_measure(name, knobs, bench(text[:99], 100))
+
+
+@pytest.mark.parametrize(
+    ("prefix", "short", "fine"),
+    [
+        ((), 8, True),
+        ((), 7, False),
+        ((0,), 9, True),
+        ((0,), 8, False),
+        ((), 99, True),
+        ((), 100, False),
+        ((), "50", False),
+    ],
+)
+def test_a_short_context_has_room_for_eight_tokens_and_is_shorter_than_the_long_one(
+    text, prefix, short, fine
+):
+    def make():
+        make_measure("rope_longppl", {"short": short}, bench(text, 100, prefix))
+
+    if fine:
+        make()
+        return
+    with pytest.raises(RopeError, match="short must be from"):
+        make()
+
+
+def test_the_short_context_is_half_the_trained_length_and_never_less_than_eight(model, text):
+    for trained, short in ((64, 32), (20, 10), (10, 8)):
+        shared = replace(bench(text, 100), trained=trained)
+        found = LongPerplexity(windows=1).measure(shared, model, 100, 1, nothing)
+        told = LongPerplexity(windows=1, short=short).measure(shared, model, 100, 1, nothing)
+        assert found == told
+        assert found["tokens"] == 100 - short
+
+
+def test_progress_counts_each_window_once(model, text):
+    for task in (LongPerplexity(short=40, windows=3), Perplexity(windows=3, targets=8)):
+        done = []
+        task.measure(bench(text, 200), model, 100, 2, done.append)
+        assert sum(done) == task.units(bench(text, 200), 100) == 3
+
+
+def test_the_trained_length_is_where_the_cost_is_measured(text):
+    measure = make_measure("rope_short", {"windows": 2}, replace(bench(text, 200), trained=50))
+
+    assert measure.lengths((100, 200)) == (50,)
+    assert measure.units(50) == 2

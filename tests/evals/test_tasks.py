@@ -258,6 +258,10 @@ def test_question_answering_takes_the_best_answer_not_the_mean():
         ("in the office before the kitchen", 1.0),
         ("garden", 0.0),
         ("", 0.0),
+        ("kitchen\ngarden", 1.0),
+        ("\n KITCHEN", 1.0),
+        ("garden. kitchen", 0.0),
+        ("the office", 0.0),
     ],
 )
 def test_a_label_counts_alone_and_labels_of_the_question_do_not(prediction, expected):
@@ -270,12 +274,16 @@ def test_the_first_number_is_the_pass_key(tokenizer):
     assert score("rope_passkey", document, " 4071. Remember it.")["score"] == 1.0
     assert score("rope_passkey", document, " 40711")["score"] == 0.0
     assert score("rope_passkey", document, " 12 4071")["score"] == 0.0
+    assert score("rope_passkey", document, "none")["score"] == 0.0
+    assert score("rope_passkey", document, "4071 12")["score"] == 1.0
 
 
 def test_the_majority_wins_with_its_share():
     assert majority(["5", "7", "5", None]) == ("5", 0.5)
     assert majority([None, None]) == (None, 0.0)
     assert majority(["7", "5"])[0] == "7"
+    assert majority(["5", "7", "7"]) == ("7", pytest.approx(2 / 3))
+    assert majority([None, "5", None]) == ("5", pytest.approx(1 / 3))
     found = score("rope_cot_chain_maj", {"gold": ["5"]}, ["Answer: 5", "4", "so 2+3. Answer: 5"])
     assert found == {
         "score": 1.0,
@@ -286,7 +294,17 @@ def test_the_majority_wins_with_its_share():
 
 @pytest.mark.parametrize(
     ("text", "number"),
-    [("2 + 3 = 5. Answer: 5. Bye 7", "5"), ("so it is 12", "12"), ("none", None)],
+    [
+        ("2 + 3 = 5. Answer: 5. Bye 7", "5"),
+        ("so it is 12", "12"),
+        ("none", None),
+        ("3, then 12", "12"),
+        ("Answer: 4. No. Answer: 6. And 9", "6"),
+        ("the ANSWER is 8, not 7", "8"),
+        ("answer 3 and 5", "3"),
+        ("Answer: -4", "-4"),
+        ("down to -12", "-12"),
+    ],
 )
 def test_the_final_answer_is_the_marked_number_else_the_last(text, number):
     assert final_answer(text) == number
