@@ -29,5 +29,16 @@ EQUIVALENT: dict[str, tuple[str, ...]] = {
         "1000, hidden.shape[-1]).to(head.weight)[None] -> sample = torch.linspace(-1000, 1001, "
         "hidden.shape[-1]).to(head.weight)[None]",
     ),
+    "Offsets have two dimensions, of which the second is the last": (
+        "hf_rope_ext/finetune/pose.py _shift: if positions.shape[-1] != offsets.shape[-1]: -> "
+        "if positions.shape[-1] != offsets.shape[+1]:",
+    ),
+    "More words than the nearest are found, and the nearest is said": (
+        "hf_rope_ext/checks.py suggest: near = difflib.get_close_matches(word, list(known), n=1, "
+        "cutoff=cutoff) -> near = difflib.get_close_matches(word, list(known), cutoff=cutoff)",
+        "hf_rope_ext/checks.py suggest: near = difflib.get_close_matches(word, list(known), n=1, "
+        "cutoff=cutoff) -> near = difflib.get_close_matches(word, list(known), n=2, "
+        "cutoff=cutoff)",
+    ),
 }
 """Names of mutants by reason, as in the result file."""
