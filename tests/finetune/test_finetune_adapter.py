@@ -321,6 +321,16 @@ def test_a_norm_that_matches_elsewhere_is_not_trained_by_chance():
         add_adapter(model, norms_and_embeddings=True)
 
 
+def test_blocks_are_those_with_attention_wherever_they_stand():
+    model, expected = tiny_llama(), find_target_modules(tiny_llama(), "all-linear")
+    others = torch.nn.ModuleList([torch.nn.Linear(4, 4)])
+    model.model._modules = {"others": others, **model.model._modules}
+    assert find_target_modules(model, "all-linear") == expected
+
+    del model.model._modules["embed_tokens"]
+    assert find_target_modules(model, "all-linear") == expected
+
+
 def test_a_patch_of_a_part_does_not_change_which_model_is_trained():
     model = zoo.build("qwen2_vl")
     expected = find_target_modules(model)
