@@ -143,8 +143,9 @@ def generations(draw, kinds=TEXT, rows=None):
     kind = draw(st.sampled_from(kinds))
     given = draw(texts() if rows is None else rows)
     cache = draw(st.sampled_from(("none", "its own", "dynamic", "static")))
-    chunk = None if cache == "none" else draw(st.none() | st.integers(4, 20))
     learns, grows = bool(KINDS[kind].virtual), cache in ("its own", "dynamic")
+    chunk = draw(st.none() | st.integers(4, 20))
+    chunk = None if cache == "none" or learns else chunk
     embeds = draw(st.booleans()) and chunk is None and not learns
     decodings = SEVERAL
     if not learns and not embeds:
