@@ -6,6 +6,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from hf_rope_ext.changes import Change, SetAttributes
+from hf_rope_ext.checks import shown
 from hf_rope_ext.errors import UnsupportedModelError
 from hf_rope_ext.methods import Method
 from hf_rope_ext.models.sites import RopeSite
@@ -122,7 +123,7 @@ def patch_of(model: nn.Module, target: str = "text") -> Resolved | None:
     """
     if not isinstance(model, nn.Module):
         raise UnsupportedModelError(
-            f"a model is a torch.nn.Module that holds a transformers model, got {model!r}."
+            f"a model is a torch.nn.Module that holds a transformers model, got {shown(model)}."
         )
     for module in model.modules():
         patch = module.patch if isinstance(module, ExtendedRotary) else None

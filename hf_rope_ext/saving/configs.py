@@ -102,9 +102,15 @@ def read_config(name_or_path: str | Path, **kwargs: Any) -> tuple[Config, dict[s
     from transformers import AutoConfig
 
     saved = SavedConfig.read(name_or_path, **kwargs)
-    if saved.as_found:
-        return AutoConfig.from_pretrained(name_or_path, **kwargs), None
-    return saved.config_class(name_or_path, **kwargs).from_dict(saved.settings), saved.record
+    try:
+        if saved.as_found:
+            return AutoConfig.from_pretrained(name_or_path, **kwargs), None
+        return saved.config_class(name_or_path, **kwargs).from_dict(saved.settings), saved.record
+    except RopeError:
+        raise
+    except Exception as error:  # transformers' validators raise various types
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        raise RopeError(f"the config of {str(name_or_path)!r} is not valid: {reason}") from error
 
 
 def revert_config(config: Config) -> tuple[Config, dict[str, Any] | None]:

@@ -96,9 +96,20 @@ def restore_patch(model: nn.Module, source: str | Path | Config | Mapping[str, A
 
 
 def skeleton(config: Config) -> nn.Module:
-    """Build the model of a config without weights, on the meta device."""
-    with torch.device("meta"):
-        return find_class(config)[0]._from_config(config)  # type: ignore[no-any-return]
+    """Build the model of a config without weights, on the meta device.
+
+    Raises:
+        RopeError: If the config describes none.
+    """
+    try:
+        with torch.device("meta"):
+            return find_class(config)[0]._from_config(config)  # type: ignore[no-any-return]
+    except RopeError:
+        raise
+    except Exception as error:  # whatever a family makes of a value that it does not know
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        kind = getattr(config, "model_type", "?")
+        raise RopeError(f"no model can be built from this {kind!r} config: {reason}") from error
 
 
 def load_unpatched(name_or_path: str | Path, *, device: str, dtype: str) -> tuple[nn.Module, Any]:
@@ -116,8 +127,10 @@ def load_unpatched(name_or_path: str | Path, *, device: str, dtype: str) -> tupl
     try:
         model = _build(name_or_path, config, None, {"dtype": torch_dtype})[0]
         return model.to(device), AutoTokenizer.from_pretrained(name_or_path)
-    except (OSError, ValueError, RuntimeError) as error:
-        reason = str(error).splitlines()[0]
+    except RopeError:
+        raise
+    except Exception as error:  # corrupt files raise types of their own formats
+        reason = " ".join(str(error).split())
         raise RopeError(f"cannot load {str(name_or_path)!r}: {reason}") from error
 
 

@@ -21,6 +21,8 @@ from hf_rope_ext import (
     patch_model,
     unpatch_model,
 )
+from hf_rope_ext.saving.configs import read_config
+from hf_rope_ext.saving.loading import skeleton
 
 EXPRESSIBLE = [
     *((name, knobs(name)) for name in available_methods() if name not in NOT_STOCK),
@@ -209,3 +211,20 @@ def test_a_config_that_stops_stock_code_is_as_it_was_once_unpatched():
     unpatch_model(model)
 
     assert (vars(model.config), vars(zoo.text_config(model.config))) == before
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"max_position_embeddings": "abc"}, r"is not valid: .*'max_position_embeddings'"),
+        (
+            {"rope_parameters": {"rope_type": "banana", "rope_theta": 1e4}},
+            r"'llama' config.*banana",
+        ),
+    ],
+)
+def test_a_config_that_describes_no_model_is_an_error_of_this_package(tmp_path, changes, message):
+    settings = {**tiny_llama().config.to_dict(), **changes}
+    (tmp_path / "config.json").write_text(json.dumps(settings))
+    with pytest.raises(RopeError, match=message):
+        skeleton(read_config(tmp_path)[0])
