@@ -96,7 +96,7 @@ def test_bad_knobs_name_the_knob_the_value_and_what_is_allowed(name, values, mes
         make_method(name, **values)
 
 
-TINY = math.ulp(0.0)
+TINY = torch.finfo(torch.float32).tiny
 BELOW_ONE, ABOVE_ONE = math.nextafter(1, 0), math.nextafter(1, 2)
 PAIR = {"mscale": 0.5, "mscale_all_dim": 0.5}
 # of each knob that is a number: its method and what goes with it, the last values allowed, and the

@@ -142,6 +142,9 @@ ONE_ROW = ("lookup", "long lookup", "assistant")
 def generations(draw, kinds=TEXT, rows=None):
     kind = draw(st.sampled_from(kinds))
     given = draw(texts() if rows is None else rows)
+    if KINDS[kind].virtual and kind != "prefix tuning":
+        # PEFT puts the padding of a row between its learned tokens and its text
+        given = given[:1] * len(given)
     cache = draw(st.sampled_from(("none", "its own", "dynamic", "static")))
     learns, grows = bool(KINDS[kind].virtual), cache in ("its own", "dynamic")
     chunk = draw(st.none() | st.integers(4, 20))
