@@ -64,7 +64,7 @@ KeyLayout = Mapping[tuple[int, str], KeyRotation]
 
 def position_axes(rotary: ExtendedRotary) -> int:
     """Return the number of position axes of a rotary embedding."""
-    return len(host.mrope_section(rotary)) or 1
+    return rotary.axes or 1
 
 
 def turn_keys(

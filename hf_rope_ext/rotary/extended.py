@@ -39,6 +39,8 @@ class ExtendedRotary(nn.Module):
 
     original: Any
     attention_scaling: float
+    axes: int
+    """Number of position axes of M-RoPE; 0 for other models."""
     planner: object = None
     """Who plans the requests of its text model, for length-dependent methods."""
 
@@ -60,6 +62,7 @@ class ExtendedRotary(nn.Module):
         self.follow(original)
         # not a submodule: nothing that walks the model should see the original
         self.__dict__["original"] = original
+        self.axes = len(mrope_section(original))
         self.takes_rows = isinstance(original, Tensor | nn.Embedding) or all(
             self._takes_rows(label, rotation)
             for label, rotation in self.rotations.items()
@@ -172,9 +175,8 @@ class ExtendedRotary(nn.Module):
         Args:
             position_ids: ``(batch, seq)`` or ``(1, batch, seq)`` for text, or with all axes.
         """
-        axes = len(mrope_section(self.original))
         is_text = position_ids.ndim == 2 or position_ids.shape[0] == 1
-        return position_ids.expand(axes, -1, -1) if axes and is_text else position_ids
+        return position_ids.expand(self.axes, -1, -1) if self.axes and is_text else position_ids
 
     def _takes_rows(self, label: str | None, rotation: Rotation) -> bool:
         """Return whether the family's code broadcasts frequencies that differ by row, by trying."""

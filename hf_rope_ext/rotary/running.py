@@ -70,10 +70,12 @@ class Call:
             if past is None or self.seen == 0:
                 plan.positions = position_ids
             else:
-                # one row may stand for all rows, and one axis for all axes
-                shape = (*torch.broadcast_shapes(past.shape[:-1], position_ids.shape[:-1]), -1)  # type: ignore[no-untyped-call]
-                both = (past[..., : self.seen].expand(shape), position_ids.expand(shape))
-                plan.positions = torch.cat(both, dim=-1)
+                past = past[..., : self.seen]
+                if past.shape[:-1] != position_ids.shape[:-1]:
+                    # one row may stand for all rows, and one axis for all axes
+                    shape = torch.broadcast_shapes(past.shape[:-1], position_ids.shape[:-1])  # type: ignore[no-untyped-call]
+                    past, position_ids = past.expand(*shape, -1), position_ids.expand(*shape, -1)
+                plan.positions = torch.cat((past, position_ids), dim=-1)
         self.is_noted = True
         return plan.lengths
 

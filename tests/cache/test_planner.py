@@ -213,6 +213,10 @@ def test_a_growing_cache_in_a_planned_loop_compiles_whole():
 
 def test_an_exported_program_follows_the_length_or_is_refused(monkeypatch):
     model, ids = dynamic(), text(1, 100)
+    if not model.model.rotary_emb.takes_rows:
+        pytest.skip(
+            "before transformers 5.19 torch exports a call of one length alone, and says so"
+        )
     length = torch.export.Dim("length", min=2, max=4096)
     shapes = {"input_ids": {1: length}, "use_cache": None}
     program = torch.export.export(

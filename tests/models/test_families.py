@@ -104,7 +104,8 @@ def is_text(path: str, module: nn.Module) -> bool:
     names = [name for name, _ in module.named_buffers(recurse=False)]
     holds = any(name.endswith("inv_freq") for name in names)
     elsewhere = LEFT_ALONE.get(type(module).__name__)
-    axial = getattr(module, "rope_type", None) == "axial"
+    # before transformers 5.18 nothing on them says so but their path
+    axial = getattr(module, "rope_type", None) == "axial" or "visual." in path
     return holds and not axial and not (elsewhere and elsewhere in path)
 
 
