@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from hf_rope_ext.cache.followers import attach_plan
 from hf_rope_ext.cache.given import Keep, can_refill
 from hf_rope_ext.cache.learned_prefix import prefix_changes, prompt_learning
-from hf_rope_ext.cache.planner import Planner, Repeat, require_no_empty_row
+from hf_rope_ext.cache.planner import Planner, require_no_empty_row
+from hf_rope_ext.cache.repeated import Repeat
 from hf_rope_ext.changes import AddHooks, Change, StandIn
 from hf_rope_ext.errors import RopeError, UnsupportedModelError
 from hf_rope_ext.models import host

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from hf_rope_ext.cache.followers import attach_plan
 from hf_rope_ext.cache.given import padding_mask
 from hf_rope_ext.cache.learned_prefix import is_learned
+from hf_rope_ext.cache.repeated import is_backward, recall, remember
 from hf_rope_ext.cache.rerotation import KeyLayout, position_axes, read_layout, turn_keys
 from hf_rope_ext.errors import RopeError
 from hf_rope_ext.models import host
@@ -27,9 +28,6 @@ from hf_rope_ext.rotary.running import (
     Generation,
     announced_generation,
     innermost,
-    is_backward,
-    recall,
-    remember,
 )
 
 
@@ -127,7 +125,8 @@ class Planner:
             attach_plan(cache, call.plan)
         generation = self._generation()
         if not torch.compiler.is_compiling():
-            if generation is not None and (model.training or torch.is_grad_enabled()):
+            # in every call, so that inputs never carry the plan of an earlier one
+            if model.training or torch.is_grad_enabled():
                 remember((*args, *kwargs.values()), call)
             report = self.policy.on_plan if generation is None or generation.reports else None
             if report is not None and call.is_new:
@@ -344,47 +343,6 @@ class Planner:
             return torch.maximum(longer, plan.lengths), max(limit, needed)
         lengths = torch.maximum(plan.policy.grow(now, self.trained), plan.lengths)
         return lengths, needed + int((lengths - now).min())
-
-
-class Repeat:
-    """The forward hooks of a module that calls its rotary embedding inside a layer.
-
-    A checkpointed backward pass runs layers once more, outside the text model and maybe in another
-    thread. They then get the plan of the call they repeat.
-
-    Args:
-        planner: The planner of the text model around it.
-    """
-
-    def __init__(self, planner: Planner) -> None:
-        self.planner = planner
-
-    def begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-        """Remember the plan of a call, or bring it back (forward pre-hook).
-
-        Raises:
-            RopeError: If the plan of a repeated call is not known.
-        """
-        tensors = (*args, *kwargs.values())
-        running = innermost(RUNNING.call, self.planner)
-        if running is not None:
-            if module.training and not torch.compiler.is_compiling():
-                remember(tensors, running)
-        elif is_backward():
-            repeated = recall(tensors)
-            if repeated is None:
-                raise RopeError(
-                    f"{type(module).__name__} is repeated in a backward pass on other inputs than "
-                    f"it had, so the plan of its request is not known; call the model in train() "
-                    f"mode."
-                )
-            repeated.planners, repeated.outer = (self.planner,), RUNNING.call
-            repeated.owner, RUNNING.call = self, repeated
-
-    def end(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-        """Leave a repeated call (forward hook)."""
-        if RUNNING.call is not None and RUNNING.call.owner is self:
-            RUNNING.call = RUNNING.call.outer
 
 
 def require_no_empty_row(mask: Tensor | None) -> None:

@@ -6,10 +6,10 @@ since a forward runs to its end in one.
 """
 
 import threading
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 import torch
@@ -179,28 +179,3 @@ def announce(generation: Generation) -> Iterator[None]:
     finally:
         generation.is_open = False
         _GENERATION.set(announced_generation())
-
-
-def is_backward() -> bool:
-    """Return whether this thread runs a backward pass, in which checkpointed calls are repeated."""
-    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
-
-
-def remember(tensors: Iterable[Any], call: Call) -> None:
-    """Write the plan of a call on its inputs, from which a checkpointed part is repeated."""
-    # without positions, which may be one of the inputs: a cycle that nothing could collect
-    repeated = Call(replace(call.plan, positions=None), is_noted=True, is_new=False)
-    for tensor in tensors:
-        if type(tensor) is Tensor:  # others, such as sharded ones, may have no storage
-            # a repeated call may get other tensors, but on the same storage
-            tensor.untyped_storage().hf_rope_ext_call = repeated  # type: ignore[attr-defined]
-
-
-def recall(tensors: Iterable[Any]) -> Call | None:
-    """Return what `remember` has written on any of these inputs, for a repeated call."""
-    for tensor in tensors:
-        if type(tensor) is Tensor:
-            call: Call | None = getattr(tensor.untyped_storage(), "hf_rope_ext_call", None)
-            if call is not None:
-                return replace(call)
-    return None

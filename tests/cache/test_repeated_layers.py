@@ -80,3 +80,20 @@ def test_a_repeated_layer_whose_plan_is_not_known_is_refused():
     loss = checkpoint(run, states, use_reentrant=True).sum()
     with pytest.raises(RopeError, match=r"Attention is repeated in a backward pass"):
         loss.backward()
+
+
+def test_a_repeated_model_does_not_get_the_plan_of_an_earlier_call():
+    found = []
+    for repeats in (True, False):
+        model, ids = dynamic(model=tiny_llama().train()), text(1, 80)
+        embedded = model.get_input_embeddings()(ids).detach().requires_grad_()
+        with planned(200):
+            model(inputs_embeds=embedded, use_cache=False)
+
+        def run(values, model=model):
+            return model(inputs_embeds=values, use_cache=False).logits
+
+        scores = checkpoint(run, embedded, use_reentrant=False) if repeats else run(embedded)
+        scores.square().mean().backward()
+        found.append(embedded.grad)
+    assert torch.equal(*found)
