@@ -62,10 +62,6 @@ class RopeGeometry:
         """Return the rotations of each pair over the trained length, float64, ``(pairs,)``."""
         return self.inv_freq() * self.original_max_position_embeddings / (2 * math.pi)
 
-    def wavelengths(self) -> Tensor:
-        """Return the positions per rotation, float64, ``(pairs,)``; infinite at frequency 0."""
-        return 2 * math.pi / self.inv_freq()
-
 
 @dataclass(frozen=True, eq=False)
 class FrequencyPlan:

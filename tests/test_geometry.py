@@ -16,8 +16,6 @@ def test_frequencies_fall_from_one_and_resting_pairs_are_zero():
     assert geometry.inv_freq().tolist() == [1, 0.5, 0.25, 0]
     turns = [100 / (2 * math.pi * 2**pair) for pair in range(3)]
     assert geometry.rotations().tolist() == pytest.approx([*turns, 0])
-    wavelengths = [2 * math.pi * 2**pair for pair in range(3)]
-    assert geometry.wavelengths().tolist() == pytest.approx([*wavelengths, math.inf])
     assert geometry.inv_freq().dtype == torch.float64
 
 

@@ -24,8 +24,9 @@ def wilson(share: float, count: int, confidence: float = 0.95) -> tuple[float, f
     middle = share + z * z / (2 * count)
     spread = z * math.sqrt(share * (1 - share) / count + z * z / (4 * count * count))
     scale = 1 + z * z / count
-    # rounding must not exclude a share of 0 or 1 from its own interval
-    return min((middle - spread) / scale, share), max((middle + spread) / scale, share)
+    # rounding must not exclude a share of 0 or 1 from its own interval, nor leave 0 to 1
+    low, high = (middle - spread) / scale, (middle + spread) / scale
+    return max(min(low, share), 0.0), min(max(high, share), 1.0)
 
 
 def effective_length(scores: Mapping[int, float], threshold: float = RULER_THRESHOLD) -> int | None:

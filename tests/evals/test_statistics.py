@@ -107,3 +107,10 @@ def test_a_single_part_is_not_told_twice():
     results = [{"score": 1.0}, {"score": 0.0}]
 
     assert by_place([(None, None)] * 2, results) == {**summary(results), "parts": []}
+
+
+@pytest.mark.parametrize("count", range(1, 60))
+@pytest.mark.parametrize("share", [0.0, 1.0])
+def test_an_interval_stays_within_nothing_and_everything(share, count):
+    low, high = wilson(share, count)
+    assert 0.0 <= low <= share <= high <= 1.0
