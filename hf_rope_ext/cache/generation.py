@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from hf_rope_ext.attention.change import BandedAttention
 from hf_rope_ext.cache.followers import attach_plan
 from hf_rope_ext.cache.given import Keep, can_refill
 from hf_rope_ext.cache.learned_prefix import prefix_changes, prompt_learning
@@ -127,6 +128,7 @@ def planning_changes(model: nn.Module, swaps: Sequence[SwapRotary]) -> list[Chan
         UnsupportedModelError: If the installed transformers prepares caches differently.
     """
     changes: list[Change] = []
+    attention: list[Change] = []
     planners: dict[int, list[Planner]] = {}
     outer: dict[int, nn.Module] = {}
     for around in innermost_models(model, [swap.module.path for swap in swaps]):
@@ -138,7 +140,12 @@ def planning_changes(model: nn.Module, swaps: Sequence[SwapRotary]) -> list[Chan
             rotary.planner = planner
         changes.append(AddHooks(inner, planner.begin, planner.end))
         # rotary embeddings inside the layers, which a checkpointed backward pass calls once more
-        for parent in {parent for swap in own for parent in swap.parents} - {inner}:
+        repeated = {parent for swap in own for parent in swap.parents} - {inner}
+        if planner.needs_positions:
+            repeated.update(host.checkpointed_layers(inner))
+            planner.attention = BandedAttention(inner, planner.rotaries)
+            attention.append(planner.attention)
+        for parent in repeated:
             repeat = Repeat(planner)
             changes.append(AddHooks(parent, repeat.begin, repeat.end))
         for part in around:
@@ -149,7 +156,7 @@ def planning_changes(model: nn.Module, swaps: Sequence[SwapRotary]) -> list[Chan
         changes.append(AddHooks(part, keep.begin, keep.end))
         if host.generates(part):
             changes += _generating_changes(part, planners[id(part)])
-    return [*changes, *prefix_changes(model)]
+    return [*changes, *prefix_changes(model), *attention]
 
 
 def _generating_changes(part: nn.Module, planners: Sequence[Planner]) -> list[Change]:
@@ -221,6 +228,8 @@ def _prepare(model: nn.Module, generation: Generation, request: host.GenerateReq
         if lengths is not None and plan.lengths is not None:
             known = plan.lengths.to(lengths.device).clamp(min=plan.trained)
             outgrows = bool((lengths > known).any())
+        planners: Any = generation.planners
+        outgrows = outgrows and any(planner.follows for planner in planners)
         generation.outgrows = outgrows
         if outgrows and has_whole_text and can_refill(plan, generation.arguments):
             positions = request.positions_of_text(model, ids, generation.arguments)

@@ -13,14 +13,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from hf_rope_ext.attention.change import BandedAttention
 from hf_rope_ext.cache.followers import attach_plan
 from hf_rope_ext.cache.given import padding_mask
 from hf_rope_ext.cache.learned_prefix import is_learned
 from hf_rope_ext.cache.repeated import is_backward, recall, remember
-from hf_rope_ext.cache.rerotation import KeyLayout, position_axes, read_layout, turn_keys
+from hf_rope_ext.cache.rerotation import KeyLayout, read_layout, turn_keys
 from hf_rope_ext.errors import RopeError
+from hf_rope_ext.methods.attention_method import attention_rules
 from hf_rope_ext.models import host
 from hf_rope_ext.rotary.extended import ExtendedRotary
+from hf_rope_ext.rotary.pairs import position_axes
 from hf_rope_ext.rotary.request_plan import CachePlan, plan_of, row_lengths
 from hf_rope_ext.rotary.running import (
     RUNNING,
@@ -81,11 +84,15 @@ class Planner:
         self.rotaries = rotaries
         self.policy = rotation.policy
         self.method = repr(rotation.method)
+        self.follows = rotation.method.length_dependent
+        self.rotates_anew = rotation.method.frequencies_follow
+        self.needs_positions = attention_rules(rotation.method) is not None
         self.trained = rotation.geometry.original_max_position_embeddings
         self.axes = max(map(position_axes, rotaries))
         self.parameters = tuple(inspect.signature(model.forward).parameters)
         self.cache_name = host.cache_argument(model.forward)
         self.layout: KeyLayout | None = None
+        self.attention: BandedAttention | None = None
 
     def begin(
         self, model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]
@@ -97,8 +104,10 @@ class Planner:
 
         Raises:
             RopeError: If the cache was filled under another plan, or has outgrown its own and the
-                policy forbids that.
+                policy forbids that; or if somebody has replaced the attention.
         """
+        if self.attention is not None:
+            self.attention.require_in_force()
         kwargs = host.with_cache_named(kwargs, self.cache_name)
         arguments = {**dict(zip(self.parameters, args, strict=False)), **kwargs}
         repeated = recall(arguments.values()) if is_backward() else None
@@ -170,7 +179,9 @@ class Planner:
         self._require_own(plan, rows)
         if plan.is_fixed:
             self._require_room(plan, asked)
-            return Call(plan, is_new=False)
+            slots = None if plan.positions is None else plan.positions.shape[-1]
+            # the cache counts on in the tensor that it gave
+            return Call(plan, seen=torch.clone(torch.as_tensor(seen)), slots=slots, is_new=False)
         grows = self._outgrows(plan, asked, seen) and plan.policy.on_growth != "freeze"
         if grows:
             self._grow(model, cache, plan, asked, seen)
@@ -195,6 +206,8 @@ class Planner:
 
     def _require_room(self, plan: CachePlan, asked: _Asked) -> None:
         """Check that a call does not go beyond the plan of its cache of fixed size."""
+        if not self.follows:
+            return
         outgrows = asked.generation is not None and asked.generation.outgrows
         if plan.policy.on_growth != "freeze" and (outgrows or self._leaps(plan, asked, 0, None)):
             raise RopeError(
@@ -205,6 +218,8 @@ class Planner:
 
     def _outgrows(self, plan: CachePlan, asked: _Asked, seen: int) -> bool:
         """Return whether a call needs a longer plan than its cache has."""
+        if not self.follows:
+            return False
         generation = asked.generation
         if generation is not None and generation.models:
             # what is drafted beyond the last token is dropped again
@@ -269,6 +284,7 @@ class Planner:
             mask=mask,
             lengths=lengths,
             size=None if limit else size,
+            slots=size if self.needs_positions else None,
             records=size is None,
         )
 
@@ -282,7 +298,8 @@ class Planner:
             call = self._first(cache, asked, seen)
             call.plan.learned = seen
             return call
-        if self.axes > 1 or max(asked.limit or 0, seen + asked.tokens) > self.trained:
+        beyond = max(asked.limit or 0, seen + asked.tokens) > self.trained
+        if self.needs_positions or self.axes > 1 or beyond:
             raise _unknown(self.method, seen)
         # within the trained length every plan is that of the unpatched model
         call = self._first(cache, asked, seen)
@@ -316,7 +333,8 @@ class Planner:
             for key in rotary.names()
             if key in plan.frequencies
         }
-        if bool((lengths > self.trained).any()):  # within the trained length all plans agree
+        # within the trained length all plans agree
+        if self.rotates_anew and bool((lengths > self.trained).any()):
             if self.layout is None:
                 self.layout = read_layout(model, self.rotaries)
             turn_keys(host.self_attention_cache(cache), self.layout, plan, frequencies)
@@ -375,7 +393,7 @@ def _shape(arguments: Mapping[str, Any]) -> tuple[int, int]:
 
 def _unknown(method: str, tokens: int) -> RopeError:
     return RopeError(
-        f"the cache holds {tokens} tokens that were not computed under {method}, and a request "
-        f"beyond the trained length needs them so; nothing was changed. Fill a new cache. If they "
-        f"are the learned prefix of an adapter, patch the PeftModel instead of its base model."
+        f"the cache holds {tokens} tokens that were not computed under {method}, and this request "
+        f"needs them so; nothing was changed. Fill a new cache. If they are the learned prefix of "
+        f"an adapter, patch the PeftModel instead of its base model."
     )

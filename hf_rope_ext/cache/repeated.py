@@ -61,8 +61,10 @@ def is_backward() -> bool:
 
 def remember(tensors: Iterable[Any], call: Call) -> None:
     """Write the plan of a call on its inputs, from which a checkpointed part is repeated."""
-    # without positions, which may be one of the inputs: a cycle that nothing could collect
-    repeated = Call(replace(call.plan, positions=None), is_noted=True, is_new=False)
+    # without its positions, which may be one of the inputs: a cycle that nothing could collect
+    own = None if call.own is None else call.own.clone()
+    repeated = replace(call, plan=replace(call.plan, positions=own), own=own, outer=None)
+    repeated.is_noted, repeated.is_new, repeated.lengths, repeated.mask = True, False, None, None
     for tensor in tensors:
         if type(tensor) is Tensor:  # others, such as sharded ones, may have no storage
             # a repeated call may get other tensors, but on the same storage

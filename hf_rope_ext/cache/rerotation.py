@@ -1,16 +1,13 @@
 """Rotate cached keys from one plan's angles to another's.
 
 A cached key is ``R(position * inv_freq) k``, so rotating it by the difference of two plans' angles
-moves it from one plan to the other. Families differ in which two coordinates of a key rotate
-together, with which sign, at which frequency, by which position axis, and in whether the
-temperature is included. All of this is measured on the model itself, from the keys of single tokens
-under chosen angles. The first layer's keys become exact; deeper layers' keys come from hidden
-states computed under the older plan and keep a residual.
+moves it from one plan to the other. How a family's keys rotate is measured on the model
+(`hf_rope_ext.rotary.pairs`). The first layer's keys become exact; deeper layers' keys come from
+hidden states computed under the older plan and keep a residual.
 """
 
-import math
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Hashable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,52 +16,16 @@ from torch import Tensor, nn
 from hf_rope_ext.errors import RopeError
 from hf_rope_ext.geometry import Scale
 from hf_rope_ext.models import host
-from hf_rope_ext.models.smallest_call import arguments_for
 from hf_rope_ext.rotary.extended import ExtendedRotary
-from hf_rope_ext.rotary.request_plan import CachePlan, RequestPolicy
-from hf_rope_ext.rotary.running import RUNNING, Call
+from hf_rope_ext.rotary.pairs import PairReader, PairRotation
+from hf_rope_ext.rotary.request_plan import CachePlan
 
-SAMPLES = 16
-"""Number of single tokens to run; enough that no two coordinates agree by chance."""
 PARTS = ("keys", "values")
 """Tensors of a cache layer; latent attention keeps its rotated part in either of them."""
 
 
-@dataclass(frozen=True, eq=False)
-class KeyRotation:
-    """How one tensor of one cache layer rotates, by coordinate of its last dimension.
-
-    Args:
-        key: Key of the frequencies that rotate it, by rotary module and layer type.
-        turns: Whether the coordinate rotates at all.
-        partner: The coordinate it rotates together with.
-        gain: Factor on the partner in a quarter turn: plus or minus one, times the weight of a norm
-            after the rotation.
-        pair: Index of its frequency.
-        axis: Its position axis, 0 for text.
-        is_scaled: Whether it is multiplied by the attention scaling.
-    """
-
-    key: str
-    turns: Tensor
-    partner: Tensor
-    gain: Tensor
-    pair: Tensor
-    axis: Tensor
-    is_scaled: bool
-
-    def mixes_axes(self) -> bool:
-        """Return whether the two coordinates of a pair rotate by different position axes."""
-        return bool((self.axis[self.partner] != self.axis)[self.turns].any())
-
-
-KeyLayout = Mapping[tuple[int, str], KeyRotation]
+KeyLayout = Mapping[tuple[int, str], PairRotation]
 """Rotations by cache layer and tensor; tensors that do not rotate are left out."""
-
-
-def position_axes(rotary: ExtendedRotary) -> int:
-    """Return the number of position axes of a rotary embedding."""
-    return rotary.axes or 1
 
 
 def turn_keys(
@@ -113,7 +74,7 @@ def _difference(
 
 
 def _turn(
-    held: Tensor, rotation: KeyRotation, plan: CachePlan, step: Tensor, ratio: Scale
+    held: Tensor, rotation: PairRotation, plan: CachePlan, step: Tensor, ratio: Scale
 ) -> Tensor:
     """Return a cached tensor, ``(batch, heads, seq, width)``, rotated by ``step`` per position."""
     assert plan.positions is not None
@@ -157,132 +118,29 @@ def read_layout(model: nn.Module, rotaries: list[ExtendedRotary]) -> KeyLayout:
             "the cached keys of heads with different axes cannot be rotated to a longer plan; run "
             "the loop in `planned(max_length)`."
         )
-    reader = _Reader(model, rotaries)
-    layout: dict[tuple[int, str], KeyRotation] = {}
+    observe = partial(_cached, model)
     try:
-        for rotary in rotaries:
-            for key, label in rotary.names().items():
-                layout.update(reader.rotations_of(key, rotary.rotations[label].geometry.pairs))
-    except RopeError:
-        raise
+        return PairReader(model, rotaries, observe).rotations()  # type: ignore[return-value]
+    except RopeError as error:
+        raise RopeError(
+            f"cached keys cannot be rotated to a longer plan: {error}; run the loop in "
+            f"`planned(max_length)`."
+        ) from error
     except Exception as error:
         raise RopeError(
             f"could not run {type(model).__name__} on single tokens to measure how its cached "
             f"keys rotate ({type(error).__name__}: {error}); run the loop in `planned(max_length)`."
         ) from error
-    return layout
 
 
-class _Reader:
-    """Runs a text model on single tokens at position 1, where the angle equals the frequency.
-
-    A single token attends only to itself, so its values, and with them the inputs of every deeper
-    layer, do not depend on the angles: its keys differ by their own rotation and nothing else.
-    """
-
-    def __init__(self, model: nn.Module, rotaries: list[ExtendedRotary]) -> None:
-        self.model = model
-        self.rotaries = rotaries
-        self.device = next(rotaries[0].buffers()).device
-        self.axes = max(map(position_axes, rotaries))
-        self.raw = self._run({})
-
-    def rotations_of(self, key: str, pairs: int) -> dict[tuple[int, str], KeyRotation]:
-        """Return the rotations of all tensors that one set of frequencies rotates."""
-        quarter = torch.full((pairs,), math.pi / 2)
-        turned = self._run({key: quarter})
-        moving = {}
-        for name, raw in self.raw.items():
-            moved = (turned[name] - raw).abs().amax(dim=0) > 1e-2 * raw.abs().amax(dim=0)
-            if moved.any():
-                moving[name] = moved
-        if not moving:
-            return {}
-        # read the index of each coordinate's frequency bit by bit: run once per bit, with a quarter
-        # turn for the pairs whose index has it and none for the others
-        index = {name: torch.zeros(len(moved), dtype=torch.int64) for name, moved in moving.items()}
-        for bit in range(max(pairs - 1, 1).bit_length()):
-            chosen = quarter * ((torch.arange(pairs) >> bit) & 1)
-            state = self._run({key: chosen})
-            for name in moving:
-                index[name] += _nearer(state[name], turned[name], self.raw[name]).long() << bit
-        axis = {name: torch.zeros(len(moved), dtype=torch.int64) for name, moved in moving.items()}
-        for number in range(1, self.axes):
-            state = self._run({key: quarter}, axis=number)
-            for name in moving:
-                axis[name][_nearer(state[name], turned[name], self.raw[name])] = number
-        doubled = self._run({key: quarter}, scaling=2.0)
-        return {
-            name: self._key_rotation(
-                key, moved, turned[name], self.raw[name], index[name], axis[name], doubled[name]
-            )
-            for name, moved in moving.items()
-        }
-
-    def _key_rotation(
-        self,
-        key: str,
-        moved: Tensor,
-        turned: Tensor,
-        raw: Tensor,
-        pair: Tensor,
-        axis: Tensor,
-        doubled: Tensor,
-    ) -> KeyRotation:
-        """Return the rotation of one tensor; ``turned`` and ``raw`` are ``(samples, width)``."""
-        norms = raw.norm(dim=0).clamp(min=1e-30)
-        likeness = (turned.T @ raw) / (turned.norm(dim=0).clamp(min=1e-30)[:, None] * norms)
-        best = likeness.abs().masked_fill(~moved[None, :], 0.0)
-        partner = torch.where(moved, best.argmax(dim=1), torch.arange(len(moved)))
-        gain = (turned * raw[:, partner]).sum(0) / raw[:, partner].square().sum(0).clamp(min=1e-30)
-        predicted = gain * raw[:, partner]
-        wrong = (predicted - turned).norm(dim=0) > 0.05 * turned.norm(dim=0)
-        if (wrong & moved).any():
-            raise RopeError(
-                f"the cached keys of {type(self.model).__name__} do not rotate in pairs, so "
-                f"they cannot be rotated to a longer plan; run the loop in `planned(max_length)`."
-            )
-        grew = doubled[:, moved].norm() / turned[:, moved].norm().clamp(min=1e-30)
-        return KeyRotation(key, moved, partner, gain, pair, axis, bool(grew > 1.5))
-
-    def _run(
-        self, angles: Mapping[str, Tensor], scaling: float = 1.0, axis: int | None = None
-    ) -> dict[tuple[int, str], Tensor]:
-        """Return what is cached for the tokens, ``(samples, width)``, float32, on the CPU."""
-        plan = CachePlan("", 1, RequestPolicy(), 1)
-        for rotary in self.rotaries:
-            for key, label in rotary.names().items():
-                rest = torch.zeros(rotary.rotations[label].geometry.pairs)
-                chosen = angles.get(key, rest).to(self.device)
-                plan.frequencies[key] = (chosen, scaling if key in angles else 1.0)
-        positions = torch.ones(SAMPLES, 1, dtype=torch.int64, device=self.device)
-        if self.axes > 1:
-            positions = positions.repeat(self.axes, 1, 1)
-            if axis is not None:
-                positions[:axis] = 0
-                positions[axis + 1 :] = 0
-        cache = host.new_cache(self.model.config)
-        arguments = arguments_for(self.model, self.device)[0]
-        arguments = {name: value for name, value in arguments.items() if name != "use_cache"}
-        arguments["input_ids"] = torch.arange(1, SAMPLES + 1, device=self.device)[:, None]
-        arguments |= {"position_ids": positions, "use_cache": True}
-        arguments |= host.pass_cache(self.model, cache)
-        outer, RUNNING.call = RUNNING.call, Call(plan, is_noted=True)
-        try:
-            with torch.no_grad(), torch.random.fork_rng(devices=[]):
-                self.model.forward(**arguments)
-        finally:
-            RUNNING.call = outer
-        cached = {}
-        for index, layer in enumerate(cache.layers):
-            for part in PARTS:
-                held = getattr(layer, part, None)
-                if isinstance(held, Tensor) and held.ndim == 4:
-                    cached[index, part] = held.reshape(-1, held.shape[-1]).float().cpu()
-        return cached
-
-
-def _nearer(state: Tensor, turned: Tensor, raw: Tensor) -> Tensor:
-    """Return, by coordinate, whether a state is nearer to the turned than to the raw one."""
-    distance = [(state - other).square().sum(dim=0) for other in (turned, raw)]
-    return distance[0] < distance[1]
+def _cached(model: nn.Module, arguments: dict[str, Any]) -> dict[Hashable, Tensor]:
+    """Return what is cached for tokens, by layer and part."""
+    cache = host.new_cache(model.config)
+    model.forward(**arguments, use_cache=True, **host.pass_cache(model, cache))
+    cached: dict[Hashable, Tensor] = {}
+    for index, layer in enumerate(cache.layers):
+        for part in PARTS:
+            held = getattr(layer, part, None)
+            if isinstance(held, Tensor) and held.ndim == 4:
+                cached[index, part] = held.reshape(-1, held.shape[-1]).float().cpu()
+    return cached

@@ -5,14 +5,17 @@ method object can be called on a model: ``with Yarn(factor=4)(model): ...`` patc
 """
 
 from collections.abc import Mapping
-from dataclasses import MISSING, fields
+from dataclasses import MISSING, fields, replace
 from typing import Any
 
 from hf_rope_ext.checks import suggest
 from hf_rope_ext.errors import MethodParameterError, UnknownMethodError
+from hf_rope_ext.methods.alibi import Alibi
+from hf_rope_ext.methods.attention_method import require_combination
 from hf_rope_ext.methods.base import Base
 from hf_rope_ext.methods.clamped import DynamicLinear, DynamicNTK, DynamicYarn
 from hf_rope_ext.methods.cope import Cope
+from hf_rope_ext.methods.dca import DCA
 from hf_rope_ext.methods.dynamic import Dynamic
 from hf_rope_ext.methods.giraffe import Giraffe
 from hf_rope_ext.methods.linear import Linear
@@ -20,13 +23,21 @@ from hf_rope_ext.methods.llama3 import Llama3
 from hf_rope_ext.methods.longrope import LongRope
 from hf_rope_ext.methods.method import Method, Modifier
 from hf_rope_ext.methods.none import NoScaling
+from hf_rope_ext.methods.nope import NoPE
 from hf_rope_ext.methods.ntk import NTK
 from hf_rope_ext.methods.ntk_by_parts import NTKByParts
 from hf_rope_ext.methods.ntk_fixed import NTKFixed
 from hf_rope_ext.methods.ntk_mixed import NTKMixed
 from hf_rope_ext.methods.per_axis import PerAxis
+from hf_rope_ext.methods.position_maps import Piecewise, Power, Ramp
 from hf_rope_ext.methods.proportional import Proportional
+from hf_rope_ext.methods.rerope import LeakyReRoPE, ReRoPE
 from hf_rope_ext.methods.resonance import Resonance
+from hf_rope_ext.methods.score_scales import Llama4, LogN, Temperature
+from hf_rope_ext.methods.self_extend import SelfExtend
+from hf_rope_ext.methods.streaming import Streaming
+from hf_rope_ext.methods.string import String
+from hf_rope_ext.methods.xpos import XPos
 from hf_rope_ext.methods.yarn import Yarn
 
 METHODS: dict[str, type[Method]] = {
@@ -48,12 +59,29 @@ METHODS: dict[str, type[Method]] = {
     "dynamic_ntk": DynamicNTK,
     "dynamic_linear": DynamicLinear,
     "dynamic_yarn": DynamicYarn,
+    "nope": NoPE,
+    "rerope": ReRoPE,
+    "leaky_rerope": LeakyReRoPE,
+    "self_extend": SelfExtend,
+    "dca": DCA,
+    "string": String,
+    "streaming": Streaming,
+    "piecewise": Piecewise,
+    "power": Power,
+    "ramp": Ramp,
+    "alibi": Alibi,
+    "xpos": XPos,
+    "logn": LogN,
+    "temperature": Temperature,
+    "llama4": Llama4,
 }
 ALIASES = {"abf": "base", "p_rope": "proportional", "pi": "linear"}
 
 __all__ = [
+    "DCA",
     "METHODS",
     "NTK",
+    "Alibi",
     "Base",
     "Cope",
     "Dynamic",
@@ -61,18 +89,31 @@ __all__ = [
     "DynamicNTK",
     "DynamicYarn",
     "Giraffe",
+    "LeakyReRoPE",
     "Linear",
     "Llama3",
+    "Llama4",
+    "LogN",
     "LongRope",
     "Method",
     "Modifier",
     "NTKByParts",
     "NTKFixed",
     "NTKMixed",
+    "NoPE",
     "NoScaling",
     "PerAxis",
+    "Piecewise",
+    "Power",
     "Proportional",
+    "Ramp",
+    "ReRoPE",
     "Resonance",
+    "SelfExtend",
+    "Streaming",
+    "String",
+    "Temperature",
+    "XPos",
     "Yarn",
     "available_methods",
     "knobs",
@@ -106,6 +147,7 @@ def split_name(name: object) -> tuple[type[Method], ...]:
             raise UnknownMethodError(
                 f"{name!r}: only {_modifiers()} can follow a +, not {cls.name!r}."
             )
+    require_combination(name, classes)
     return classes
 
 
@@ -208,16 +250,22 @@ def method_record(method: Method) -> dict[str, Any]:
         knob: list(value) if isinstance(value := getattr(method, knob), tuple) else value
         for knob in knobs(type(method))
     }
-    if isinstance(method, Modifier) and not isinstance(method.method, NoScaling):
-        inner = method_record(method.method)
-        return {**inner, **values, "name": f"{inner['name']}+{method.name}"}
-    return {"name": method.name, **values}
+    if not isinstance(method, Modifier) or isinstance(method.method, NoScaling):
+        return {"name": method.name, **values}
+    inner = method_record(method.method)
+    if "method" in inner or any(inner.get(knob, own) != own for knob, own in values.items()):
+        # both parts have a knob of this name, with values of their own
+        return {"name": method.name, **values, "method": inner}
+    return {**inner, **values, "name": f"{inner['name']}+{method.name}"}
 
 
 def method_from_record(record: Mapping[str, Any]) -> Method:
     """Return the method that a record describes."""
     values = dict(record)
     name = values.pop("name")
+    if "method" in values:
+        inner = method_from_record(values.pop("method"))
+        return replace(make_method(name, **values), method=inner)  # type: ignore[type-var]
     if name != PerAxis.name:
         return make_method(name, **values)
     by_axis = values["methods"].items()
@@ -236,4 +284,5 @@ def _class_named(part: str) -> type[Method]:
 
 
 def _modifiers() -> str:
-    return " and ".join(repr(name) for name, cls in METHODS.items() if issubclass(cls, Modifier))
+    names = [repr(name) for name, cls in METHODS.items() if issubclass(cls, Modifier)]
+    return f"{', '.join(names[:-1])} and {names[-1]}"

@@ -23,6 +23,10 @@ class Method(abc.ABC):
     name: ClassVar[str]
     patched: ClassVar[Callable[..., AbstractContextManager[nn.Module]]]
     """`hf_rope_ext.patched`; set by the patching package, since methods import torch alone."""
+    needs_rotation: ClassVar[bool] = True
+    """Whether it does nothing on a model that does not rotate."""
+    stops_rotation: ClassVar[bool] = False
+    """Whether nothing rotates under it."""
 
     def __call__(self, model: nn.Module, **arguments: Any) -> AbstractContextManager[nn.Module]:
         """Return a context manager that patches the model, as `hf_rope_ext.patched` does.
@@ -41,6 +45,11 @@ class Method(abc.ABC):
     def length_dependent(self) -> bool:
         """Whether the plan depends on the length of the request."""
         return False
+
+    @property
+    def frequencies_follow(self) -> bool:
+        """Whether the frequencies, and not only the attention, depend on that length."""
+        return self.length_dependent
 
     def plan_at(self, geometry: RopeGeometry, length: Tensor) -> FrequencyPlan:
         """Return the plan for requests of given lengths.
@@ -111,6 +120,11 @@ class Modifier(Method):
     def length_dependent(self) -> bool:
         """Whether the plan of the modified method depends on the length."""
         return self.method.length_dependent
+
+    @property
+    def frequencies_follow(self) -> bool:
+        """Whether the frequencies of the modified method depend on the length."""
+        return self.method.frequencies_follow
 
     def plan(self, geometry: RopeGeometry) -> FrequencyPlan:
         """Return the modified plan; of a length-dependent method, the trained one unmodified."""

@@ -12,6 +12,7 @@ class NoScaling(Method):
     """Leave the trained frequencies unchanged."""
 
     name = "none"
+    needs_rotation = False
 
     def plan(self, geometry: RopeGeometry) -> FrequencyPlan:
         """Return the trained frequencies."""

@@ -79,6 +79,13 @@ def pass_cache(model: Any, cache: Any) -> dict[str, Any]:
     raise RopeError(f"{type(model).__name__} takes no cache in {describe_release()}.")
 
 
+def without_cache(model: Any) -> dict[str, Any]:
+    """Return the keyword argument that keeps a model from making a cache, if it takes one."""
+    return (
+        {"use_cache": False} if "use_cache" in inspect.signature(model.forward).parameters else {}
+    )
+
+
 def given_cache(arguments: Mapping[str, Any]) -> Any:
     """Return the cache among the arguments of a call, whatever its name; None if there is none."""
     for name in CACHES:
@@ -295,19 +302,46 @@ def training_setting(name: str) -> str:
     return name if name in TrainingArguments.__dataclass_fields__ else older
 
 
-def register_attention(name: str, attention: Callable[..., Any]) -> None:
-    """Make an attention known to transformers under a name, with the masks that SDPA gets."""
+ATTENTION = "_attn_implementation_internal"
+"""The attribute of a config with the name of its attention."""
+
+
+def register_attention(
+    name: str, attention: Callable[..., Any], mask: Callable[..., Any] | None = None
+) -> None:
+    """Make an attention known to transformers under a name, by default with the masks of SDPA."""
     from transformers import AttentionInterface
-    from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
+    from transformers.masking_utils import AttentionMaskInterface
 
     AttentionInterface.register(name, attention)
     # without a twin of the same name transformers hands over no mask, padding or not
-    AttentionMaskInterface.register(name, sdpa_mask)
+    AttentionMaskInterface.register(name, mask or sdpa_mask)
+
+
+def sdpa_mask(**kwargs: Any) -> Tensor | None:
+    """Return the mask that SDPA gets."""
+    from transformers.masking_utils import sdpa_mask as make
+
+    return make(**kwargs)  # type: ignore[no-any-return]
+
+
+def is_plain_causal(pattern: Any) -> bool:
+    """Return whether a mask function is the plain causal one."""
+    from transformers.masking_utils import causal_mask_function
+
+    return pattern is causal_mask_function
 
 
 def takes_attention(model: Any) -> bool:
     """Return whether a model computes its attention by the registered function it is told to."""
-    return bool(model._supports_attention_backend)
+    return bool(model._can_set_attn_implementation())
+
+
+def checkpointed_layers(model: Any) -> list[Any]:
+    """Return the layers of a model that its backward pass can run again."""
+    from transformers.modeling_layers import GradientCheckpointingLayer
+
+    return [part for part in model.modules() if isinstance(part, GradientCheckpointingLayer)]
 
 
 def attention_name(config: Config) -> str | None:

@@ -11,6 +11,7 @@ from typing import Any
 
 from torch import nn
 
+from hf_rope_ext.attention.change import BandedAttention
 from hf_rope_ext.cache.generation import cache_changes, planning_changes
 from hf_rope_ext.cache.rope_deltas import note_changes
 from hf_rope_ext.changes import Change, apply_all, revert_all
@@ -21,6 +22,7 @@ from hf_rope_ext.errors import (
     UnsupportedModelError,
 )
 from hf_rope_ext.methods import Method
+from hf_rope_ext.methods.attention_method import attention_rules
 from hf_rope_ext.models.find import innermost_models
 from hf_rope_ext.models.rope_config import enclosing_stops
 from hf_rope_ext.patching.adapter_record import RecordAdapters, unrecorded
@@ -233,7 +235,7 @@ def _changes(model: nn.Module, resolved: Resolved) -> list[Change]:
     if resolved.target == "text":
         if resolved.rotations[0].policy.compat is None:
             changes += cache_changes(model, list(swaps.values()))
-            if resolved.method.length_dependent:
+            if resolved.method.length_dependent or attention_rules(resolved.method):
                 changes += planning_changes(model, list(swaps.values()))
         changes += note_changes(model, list(swaps.values()))
     if resolved.visual is not None:
@@ -253,6 +255,9 @@ def _probe(model: nn.Module, resolved: Resolved) -> None:
     else:
         probe_rotary(rotaries)
         probe_attention(model, rotaries)
+        for change in resolved.changes:
+            if isinstance(change, BandedAttention):
+                change.prove()
         policy = resolved.rotations[0].policy
         if resolved.method.length_dependent and policy.compat is None:
             prove_cached_plans(model, rotaries)

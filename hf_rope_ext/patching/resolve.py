@@ -15,6 +15,7 @@ from hf_rope_ext.methods import (
     Method,
     NoScaling,
 )
+from hf_rope_ext.methods.attention_method import attention_rules
 from hf_rope_ext.models.family import setting
 from hf_rope_ext.models.rope_config import RECORD, config_changes
 from hf_rope_ext.models.sites import RopeSite, read_sites
@@ -66,6 +67,11 @@ def resolve(arguments: PatchArguments, model: nn.Module) -> Resolved:
     if arguments.limit_only:
         method, target = NoScaling(), arguments.find_limit(method, *geometries)
     policy = arguments.make_policy(method)
+    if policy.compat is not None and attention_rules(method) is not None:
+        raise MethodParameterError(
+            f"compat={policy.compat!r} is for the length-dependent methods of stock transformers, "
+            f"which has no {method.name}."
+        )
     rotations = [
         _rotation(site, method, arguments.temperature, policy, applied)
         for site, applied in zip(sites, layouts, strict=True)
@@ -90,7 +96,7 @@ def resolve(arguments: PatchArguments, model: nn.Module) -> Resolved:
         target_length=target,
         temperature=arguments.temperature,
         settings=settings,
-        has_stock_form=changed is None and visual is None,
+        has_stock_form=changed is None and visual is None and attention_rules(method) is None,
     )
     return Resolved(
         method=method,
@@ -123,6 +129,11 @@ def _resolve_vision(arguments: PatchArguments, model: nn.Module) -> Resolved:
     sites = read_towers(model, trained)  # type: ignore[arg-type]
     names = tower_axes(sites[0])
     method = arguments.make_method(with_axis_names(sites[0].geometry, names))
+    if attention_rules(method) is not None:
+        raise MethodParameterError(
+            f"{method.name} changes the attention of a text model, and target='vision' has only "
+            f"frequencies to change; choose a frequency method."
+        )
     if method.length_dependent:
         raise MethodParameterError(
             f"{method.name} follows the length of a request, but a vision tower sees images of all "
@@ -208,8 +219,9 @@ def _rotation(
     )
     frequencies, scaling = rotation.trained_plan()
     _require_finite(site, method, frequencies, scaling)
-    if method.length_dependent:
+    if method.length_dependent or attention_rules(method) is not None:
         _require_per_request(site, method, temperature)
+    if method.length_dependent:
         rotation.plan_for(torch.ones(1, 1, 1, dtype=torch.float64), frequencies, scaling)
     return rotation
 
@@ -229,6 +241,8 @@ def _require_per_request(site: RopeSite, method: Method, temperature: str) -> No
             f"{method.name} on model_type={site.config.model_type!r}: {reason}. Nothing was "
             f"changed."
         )
+    if not method.length_dependent:
+        return
     if temperature == "logits":
         raise MethodParameterError(
             f"{method.name} with temperature='logits': a module's softmax scale cannot follow "

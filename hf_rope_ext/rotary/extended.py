@@ -200,7 +200,8 @@ class ExtendedRotary(nn.Module):
             number or ``(batch, 1, 1)``.
         """
         rotation = self.rotations[label]
-        if not rotation.method.length_dependent or position_ids is None:
+        follows = rotation.method.length_dependent
+        if position_ids is None or not (follows or self.planner):
             return self._trained_plan(label)
         if rotation.policy.compat is not None:
             return rotation.plan_for(
@@ -208,9 +209,13 @@ class ExtendedRotary(nn.Module):
             )
         call = innermost(RUNNING.call, self.planner)
         if call is None:
+            if not follows:
+                return self._trained_plan(label)
             return rotation.plan_for(row_lengths(position_ids), *self._trained_plan(label))
         lengths = call.record_positions(position_ids)
         known, key = call.plan.frequencies, f"{self.path} {label}"
+        if not follows and key not in known:
+            return self._trained_plan(label)
         if key not in known:
             known[key] = rotation.plan_for(lengths, *self._trained_plan(label))
         return known[key]

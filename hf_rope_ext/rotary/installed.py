@@ -9,6 +9,7 @@ from hf_rope_ext.changes import Change, SetAttributes
 from hf_rope_ext.checks import shown
 from hf_rope_ext.errors import UnsupportedModelError
 from hf_rope_ext.methods import Method
+from hf_rope_ext.methods.attention_method import attention_rules
 from hf_rope_ext.models.sites import RopeSite
 from hf_rope_ext.positions.layouts import MRopeLayout
 from hf_rope_ext.positions.placement import VisualPositions
@@ -50,8 +51,9 @@ class Resolved:
 
     @property
     def has_stock_form(self) -> bool:
-        """Whether stock transformers has the same pairs and token positions."""
-        return self.visual is None and self.layout is None
+        """Whether stock transformers has the same pairs, token positions and attention."""
+        is_attention = attention_rules(self.method) is not None
+        return self.visual is None and self.layout is None and not is_attention
 
     @property
     def rotaries(self) -> dict[str, ExtendedRotary]:

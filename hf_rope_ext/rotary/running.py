@@ -26,29 +26,35 @@ class Call:
         plan: The plan of its request.
         planners: The planner whose text model runs.
         owner: Whose hooks began it.
-        seen: Number of tokens in the cache before this call.
+        seen: Number of tokens in the cache before this call, a tensor where only the device knows.
         ahead: Number of tokens after this call that the plan covers.
         mask: Which tokens of the call count, ``(batch, seq)``; None if all do.
         lengths: Final length of each row, ``(batch, 1, 1)``, where it is known in advance.
         size: Capacity of a cache of fixed size in positions, None for other caches.
-        records: Whether to record positions, for growth.
+        slots: Capacity of a cache of fixed size in tokens, where its positions are recorded.
+        records: Whether to record positions in a growing cache.
         outer: The call it is nested in.
         is_new: Whether the plan is made in this call.
         is_noted: Whether its positions have been recorded.
+        own: Positions of its own tokens, as passed to the rotary embedding.
+        shared: What the attention modules of the call compute once for all.
     """
 
     plan: CachePlan
     planners: Sequence[object] | None = None
     owner: object = None
-    seen: int = 0
+    seen: int | Tensor = 0
     ahead: int = 0
     mask: Tensor | None = None
     lengths: Tensor | None = None
     size: int | None = None
+    slots: int | None = None
     records: bool = False
     outer: "Call | None" = None
     is_new: bool = True
     is_noted: bool = False
+    own: Tensor | None = None
+    shared: dict[Any, Any] = field(default_factory=dict)
 
     def record_positions(self, position_ids: Tensor) -> Tensor:
         """Record the positions of the call; the first rotary embedding that gets them does this.
@@ -63,21 +69,40 @@ class Call:
             plan.lengths = row_lengths(position_ids, self.mask, self.ahead)
             if self.size is not None:  # a video can take more positions than tokens
                 plan.lengths = plan.lengths.clamp(min=self.size)
-        if self.records and not self.is_noted:
-            past = plan.positions
-            if past is None and self.seen:  # a learned prefix
-                past = position_ids.new_zeros(*position_ids.shape[:-1], self.seen)
-            if past is None or self.seen == 0:
-                plan.positions = position_ids
-            else:
-                past = past[..., : self.seen]
-                if past.shape[:-1] != position_ids.shape[:-1]:
-                    # one row may stand for all rows, and one axis for all axes
-                    shape = torch.broadcast_shapes(past.shape[:-1], position_ids.shape[:-1])  # type: ignore[no-untyped-call]
-                    past, position_ids = past.expand(*shape, -1), position_ids.expand(*shape, -1)
-                plan.positions = torch.cat((past, position_ids), dim=-1)
+        if not self.is_noted:
+            self.own = position_ids
+            if self.slots is not None:
+                plan.positions = self._in_slots(plan.positions, position_ids)
+            elif self.records:
+                plan.positions = self._appended(plan.positions, position_ids)
         self.is_noted = True
         return plan.lengths
+
+    def _appended(self, past: Tensor | None, position_ids: Tensor) -> Tensor:
+        """Return the positions of a growing cache after this call."""
+        if past is None and self.seen:  # a learned prefix
+            past = position_ids.new_zeros(*position_ids.shape[:-1], int(self.seen))
+        if past is None or self.seen == 0:
+            return position_ids
+        past, position_ids = _same_rows(past[..., : self.seen], position_ids)
+        return torch.cat((past, position_ids), dim=-1)
+
+    def _in_slots(self, past: Tensor | None, position_ids: Tensor) -> Tensor:
+        """Return the positions of a cache of fixed size after this call, 0 in its free slots."""
+        assert self.slots is not None
+        if past is None:
+            past = position_ids.new_zeros(*position_ids.shape[:-1], self.slots)
+        past, position_ids = _same_rows(past, position_ids)
+        index = torch.arange(position_ids.shape[-1], device=position_ids.device) + self.seen
+        return past.index_copy(-1, index, position_ids)
+
+
+def _same_rows(past: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
+    """Return positions with equally many rows and axes, one of which may stand for all."""
+    if past.shape[:-1] == position_ids.shape[:-1]:
+        return past, position_ids
+    shape = torch.broadcast_shapes(past.shape[:-1], position_ids.shape[:-1])  # type: ignore[no-untyped-call]
+    return past.expand(*shape, -1), position_ids.expand(*shape, -1)
 
 
 @dataclass(eq=False)

@@ -17,6 +17,7 @@ from hf_rope_ext.checks import require_choice, require_integer, shown
 from hf_rope_ext.errors import ExportError
 from hf_rope_ext.geometry import RopeGeometry
 from hf_rope_ext.methods import NTK, Base, Linear, Method, NoScaling, NTKByParts, Yarn
+from hf_rope_ext.methods.attention_method import attention_rules
 from hf_rope_ext.models.family import Config
 from hf_rope_ext.models.rope_config import stock_attributes
 from hf_rope_ext.models.sites import RopeSite
@@ -97,9 +98,10 @@ def export(
         request = PatchArguments.from_keywords(method, **arguments)
         resolved = resolve(request, skeleton(model_or_config) if model is None else model)
     if not resolved.has_stock_form:
+        has_attention = attention_rules(resolved.method) is not None
+        what = resolved.method.name if has_attention else "mrope_layout and visual_positions"
         raise ExportError(
-            f"{to} has no form for mrope_layout and visual_positions; load the model with "
-            f"hf_rope_ext.load_pretrained."
+            f"{to} has no form for {what}; load the model with hf_rope_ext.load_pretrained."
         )
     site, used = resolved.sites[0], resolved.method
     if frozen is not None:
