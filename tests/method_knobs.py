@@ -10,13 +10,19 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from hf_rope_ext.methods import METHODS, make_method
+from hf_rope_ext.methods.attention_method import AttentionSide
 
 # what a method needs that is neither a factor nor a list of factors
 NEEDED: dict[str, dict[str, Any]] = {
     "base": {"rope_theta": 1e5},
     "giraffe": {"power": 0.5},
     "proportional": {"partial_rotary_factor": 0.5},
+    "piecewise": {"slowdown": 2.0},
+    "power": {"exponent": 0.5},
+    "ramp": {"slope": 0.25},
 }
+ATTENTION_METHODS = tuple(name for name, cls in METHODS.items() if issubclass(cls, AttentionSide))
+FREQUENCY_METHODS = tuple(name for name in METHODS if name not in ATTENTION_METHODS)
 
 
 def slowdowns(pairs: int, factor: float = 4.0) -> list[float]:
@@ -36,9 +42,11 @@ def knobs(name: str, pairs: int = 8, factor: float = 4.0) -> dict[str, Any]:
 
 
 # a factor is all that they need
-FACTOR_ONLY = tuple(name for name in METHODS if knobs(name).keys() == {"factor"})
+FACTOR_ONLY = tuple(name for name in FREQUENCY_METHODS if knobs(name).keys() == {"factor"})
 # each request gets the frequencies of its own length
-PER_REQUEST = tuple(name for name in METHODS if make_method(name, **knobs(name)).length_dependent)
+PER_REQUEST = tuple(
+    name for name in FREQUENCY_METHODS if make_method(name, **knobs(name)).length_dependent
+)
 # and stock transformers has no word for it
 NOT_STOCK = tuple(name for name in PER_REQUEST if name not in ROPE_INIT_FUNCTIONS)
 

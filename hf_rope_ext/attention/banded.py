@@ -1,7 +1,7 @@
 """The attention that a model with an attention-side method computes, as transformers calls it."""
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -24,7 +24,7 @@ BOUND = "_hf_rope_bound"
 class _Observed(threading.local):
     """Whether the attention only notes what it gets, and what that was."""
 
-    notes: dict[tuple[nn.Module, str], Tensor] | None = None
+    notes: dict[Hashable, Tensor] | None = None
     poisoned = False
 
 
@@ -32,7 +32,7 @@ OBSERVED = _Observed()
 
 
 @contextmanager
-def observing() -> Iterator[dict[tuple[nn.Module, str], Tensor]]:
+def observing() -> Iterator[dict[Hashable, Tensor]]:
     """Note queries and keys of single tokens instead of attending, for a ``with`` block."""
     OBSERVED.notes = {}
     try:

@@ -102,8 +102,9 @@ class BandedAttention:
                 f"({type(error).__name__}: {error})"
             ) from error
         rotated: dict[nn.Module, dict[str, PairRotation]] = {}
-        for (module, part), rotation in found.items():  # type: ignore[misc]
-            rotated.setdefault(module, {})[part] = rotation
+        for name, rotation in found.items():
+            observed: Any = name
+            rotated.setdefault(observed[0], {})[observed[1]] = rotation
         bounds: list[Bound] = []
         changes = []
         for module, parts in rotated.items():
@@ -123,7 +124,7 @@ class BandedAttention:
     def _observe(self, arguments: dict[str, object]) -> dict[Hashable, Tensor]:
         with observing() as notes:
             self.model.forward(**arguments, **host.without_cache(self.model))
-        return dict(notes)
+        return notes
 
     def _rotary(self, key: str) -> ExtendedRotary:
         return next(rotary for rotary in self.rotaries if key in rotary.names())

@@ -1,4 +1,4 @@
-"""Attention over the bands of a `View`, block by block: memory grows with the length, not its square.
+"""Attention over the bands of a `View` in blocks, so that memory grows with the length alone.
 
 Each band is attended to on its own, by a kernel that also returns the logarithm of the sum of
 exponentials of its scores, and the results are merged by it. Where a family needs what the kernel
@@ -115,7 +115,7 @@ class _Merged(torch.autograd.Function):
             merged = sum(
                 weight * part.float() for weight, (part, _) in zip(weights, found, strict=True)
             )
-            out[:, :, rows] = merged.to(out.dtype)  # type: ignore[union-attr]
+            out[:, :, rows] = merged.to(out.dtype)
             total[:, :, rows] = block
         ctx.view, ctx.scaling, ctx.width = view, scaling, value.shape[-1]
         ctx.save_for_backward(out, total, value, *turned)

@@ -11,7 +11,7 @@ from typing import Any
 from hf_rope_ext.checks import suggest
 from hf_rope_ext.errors import MethodParameterError, UnknownMethodError
 from hf_rope_ext.methods.alibi import Alibi
-from hf_rope_ext.methods.attention_method import require_combination
+from hf_rope_ext.methods.attention_method import attention_rules, require_combination
 from hf_rope_ext.methods.base import Base
 from hf_rope_ext.methods.clamped import DynamicLinear, DynamicNTK, DynamicYarn
 from hf_rope_ext.methods.cope import Cope
@@ -212,9 +212,14 @@ def make_per_axis(method: Any, values: Mapping[str, Any]) -> PerAxis:
                 )
         elif not any(name in _axis_knobs(axis_method) for axis_method in method.values()):
             raise MethodParameterError(f"no axis has a method with the knob {name!r}.")
-    return PerAxis(
-        tuple((axis, _axis_method(chosen, axis, values)) for axis, chosen in method.items())
-    )
+    chosen = [(axis, _axis_method(own, axis, values)) for axis, own in method.items()]
+    for axis, own in chosen:
+        if attention_rules(own) is not None:
+            raise MethodParameterError(
+                f"{own.name!r} is given for axis {axis!r}, but an attention has one rule for all "
+                f"axes; pass it for the whole model, or a frequency method by axis."
+            )
+    return PerAxis(tuple(chosen))
 
 
 def _axis_knobs(method: Any) -> tuple[str, ...]:

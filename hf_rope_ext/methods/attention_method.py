@@ -13,9 +13,13 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
+from hf_rope_ext.checks import require_integer
 from hf_rope_ext.errors import MethodParameterError, UnknownMethodError
 from hf_rope_ext.geometry import FrequencyPlan, RopeGeometry
 from hf_rope_ext.methods.method import Method, Modifier, store_factor
+
+MOST = 2**53
+"""The most positions that a knob can count: beyond it, float64 has not every integer."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -204,6 +208,19 @@ def require_combination(name: str, classes: Sequence[type[Method]]) -> None:
             f"{name!r}: under {still[0]!r} nothing rotates, so {others[0]!r} has nothing to "
             f"change; name one of them."
         )
+
+
+def require_positions(method: Method, *knobs: str, least: int = 1) -> None:
+    """Check that knobs that are given are numbers of positions.
+
+    Raises:
+        MethodParameterError: If one is not.
+    """
+    for knob in knobs:
+        value = getattr(method, knob)
+        if value is not None:
+            name = f"{method.name}: {knob}"
+            require_integer(name, value, least, MOST, unit="positions", error=MethodParameterError)
 
 
 def store_optional_factor(method: AttentionSide) -> None:

@@ -5,13 +5,13 @@ from dataclasses import dataclass, field
 
 import torch
 
-from hf_rope_ext.checks import require_integer
 from hf_rope_ext.errors import MethodParameterError
 from hf_rope_ext.geometry import RopeGeometry
 from hf_rope_ext.methods.attention_method import (
     AttentionMethod,
     Band,
     Distances,
+    require_positions,
     require_within,
     store_optional_factor,
 )
@@ -45,10 +45,7 @@ class DCA(AttentionMethod):
     def __post_init__(self) -> None:
         """Check the knobs."""
         store_optional_factor(self)
-        for knob in ("chunk", "limit"):
-            value = getattr(self, knob)
-            if value is not None:
-                require_integer(f"{self.name}: {knob}", value, 1, error=MethodParameterError)
+        require_positions(self, "chunk", "limit")
 
     def check(self, geometry: RopeGeometry) -> None:
         """Check the chunk and the limit against each other and the trained length."""

@@ -6,13 +6,13 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from hf_rope_ext.checks import require_integer
 from hf_rope_ext.errors import MethodParameterError
 from hf_rope_ext.geometry import RopeGeometry
 from hf_rope_ext.methods.attention_method import (
     AttentionMethod,
     Band,
     Distances,
+    require_positions,
     require_within,
     store_optional_factor,
     targeted,
@@ -46,8 +46,7 @@ class ReRoPE(AttentionMethod):
     def __post_init__(self) -> None:
         """Check the knobs."""
         store_optional_factor(self)
-        if self.window is not None:
-            require_integer(f"{self.name}: window", self.window, 1, error=MethodParameterError)
+        require_positions(self, "window")
 
     def check(self, geometry: RopeGeometry) -> None:
         """Check the window."""
@@ -89,8 +88,7 @@ class LeakyReRoPE(AttentionMethod):
         """Check the knobs."""
         store_optional_factor(self)
         store_number(self, "slowdown", optional=True, least=1.0)
-        if self.window is not None:
-            require_integer(f"{self.name}: window", self.window, 1, error=MethodParameterError)
+        require_positions(self, "window")
 
     @property
     def follows_length(self) -> bool:

@@ -6,17 +6,19 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from hf_rope_ext.checks import require_integer
-from hf_rope_ext.errors import MethodParameterError
 from hf_rope_ext.geometry import RopeGeometry
 from hf_rope_ext.methods.attention_method import (
     Distances,
     ScoreScale,
+    require_positions,
     store_optional_factor,
     targeted,
 )
 from hf_rope_ext.methods.method import Method, store_number
 from hf_rope_ext.methods.none import NoScaling
+
+MOST_SCALE = 1000.0
+"""The largest knob with which scores stay within float32."""
 
 
 @dataclass(frozen=True)
@@ -60,7 +62,7 @@ class Temperature(ScoreScale):
     def __post_init__(self) -> None:
         """Check the knobs."""
         store_optional_factor(self)
-        store_number(self, "coefficient", least=0.0)
+        store_number(self, "coefficient", least=0.0, most=MOST_SCALE)
 
     @property
     def follows_length(self) -> bool:
@@ -98,9 +100,8 @@ class Llama4(ScoreScale):
 
     def __post_init__(self) -> None:
         """Check the knobs."""
-        store_number(self, "scale", least=0.0)
-        if self.floor is not None:
-            require_integer(f"{self.name}: floor", self.floor, 1, error=MethodParameterError)
+        store_number(self, "scale", least=0.0, most=MOST_SCALE)
+        require_positions(self, "floor")
 
     def factors(self, asked: Distances) -> Tensor:
         """Return the factor of each query."""

@@ -6,13 +6,13 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from hf_rope_ext.checks import require_integer
 from hf_rope_ext.errors import MethodParameterError
 from hf_rope_ext.geometry import RopeGeometry
 from hf_rope_ext.methods.attention_method import (
     AttentionMethod,
     Band,
     Distances,
+    require_positions,
     require_within,
     store_optional_factor,
     targeted,
@@ -50,10 +50,7 @@ class SelfExtend(AttentionMethod):
     def __post_init__(self) -> None:
         """Check the knobs."""
         store_optional_factor(self)
-        for knob in ("group", "window"):
-            value = getattr(self, knob)
-            if value is not None:
-                require_integer(f"{self.name}: {knob}", value, 1, error=MethodParameterError)
+        require_positions(self, "group", "window")
 
     @property
     def follows_length(self) -> bool:

@@ -5,13 +5,13 @@ from dataclasses import dataclass, field
 
 import torch
 
-from hf_rope_ext.checks import require_integer
 from hf_rope_ext.errors import MethodParameterError
 from hf_rope_ext.geometry import RopeGeometry
 from hf_rope_ext.methods.attention_method import (
     AttentionMethod,
     Band,
     Distances,
+    require_positions,
     store_optional_factor,
 )
 from hf_rope_ext.methods.method import Method
@@ -45,9 +45,8 @@ class Streaming(AttentionMethod):
     def __post_init__(self) -> None:
         """Check the knobs."""
         store_optional_factor(self)
-        require_integer(f"{self.name}: sinks", self.sinks, 0, error=MethodParameterError)
-        if self.window is not None:
-            require_integer(f"{self.name}: window", self.window, 1, error=MethodParameterError)
+        require_positions(self, "sinks", least=0)
+        require_positions(self, "window")
 
     def check(self, geometry: RopeGeometry) -> None:
         """Check that sinks and window lie within what the frequencies are for."""

@@ -5,13 +5,13 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from hf_rope_ext.checks import require_integer
 from hf_rope_ext.errors import MethodParameterError
 from hf_rope_ext.geometry import RopeGeometry
 from hf_rope_ext.methods.attention_method import (
     AttentionMethod,
     Band,
     Distances,
+    require_positions,
     require_within,
     store_optional_factor,
 )
@@ -49,10 +49,7 @@ class String(AttentionMethod):
     def __post_init__(self) -> None:
         """Check the knobs."""
         store_optional_factor(self)
-        for knob in ("shift", "window"):
-            value = getattr(self, knob)
-            if value is not None:
-                require_integer(f"{self.name}: {knob}", value, 1, error=MethodParameterError)
+        require_positions(self, "shift", "window")
 
     def check(self, geometry: RopeGeometry) -> None:
         """Check the shift and the window against each other and the trained length."""

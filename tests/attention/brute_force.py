@@ -15,7 +15,7 @@ from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 @dataclass(frozen=True)
 class Layout:
-    """Where a family's rotated coordinates are in a head: how many, how paired, from where on, and the base."""
+    """How many coordinates of a head rotate, how they are paired, and whether they come last."""
 
     width: int
     interleaved: bool = False

@@ -5,11 +5,11 @@ from functools import cache
 
 import pytest
 import torch
-
 import zoo
 from attention.brute_force import FAMILIES, Rule, expected_logits
-from hf_rope_ext import patch_model, planned, unpatch_model
 from zoo import TRAINED
+
+from hf_rope_ext import patch_model, planned, unpatch_model
 
 LONG = 90  # tokens, of which the models were trained on 64
 

@@ -8,7 +8,7 @@ import torch
 from conftest import TRAINED, tiny_llama
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from method_knobs import FACTOR_ONLY, PER_REQUEST, knobs
+from method_knobs import FACTOR_ONLY, FREQUENCY_METHODS, PER_REQUEST, knobs
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from hf_rope_ext import MethodParameterError, available_methods
@@ -148,6 +148,7 @@ def llama3(geometry: RopeGeometry, s: float, low: float, high: float) -> np.ndar
 
 FORMULAS = {
     "none": lambda g: trained(g),
+    "nope": lambda g: 0 * trained(g),
     "linear": lambda g: trained(g) / 4,
     "ntk": lambda g: np.array(
         [
@@ -179,11 +180,11 @@ FORMULA_KNOBS = {
     "longrope": {"factor": 4, "long_factor": [4.0] * 64, "short_factor": [4.0] * 64},
 }
 # cope and resonance have tests of their own
-MODIFIERS = {name for name, cls in METHODS.items() if issubclass(cls, Modifier)}
+MODIFIERS = {name for name in FREQUENCY_METHODS if issubclass(METHODS[name], Modifier)}
 
 
 def test_every_method_has_a_formula_or_is_one_of_them_at_each_length():
-    assert set(METHODS) - set(FORMULAS) == MODIFIERS | set(PER_REQUEST) - {"longrope"}
+    assert set(FREQUENCY_METHODS) - set(FORMULAS) == MODIFIERS | set(PER_REQUEST) - {"longrope"}
 
 
 @pytest.mark.parametrize("position", [4096, 32768, 131072, 1_000_000])
@@ -405,7 +406,7 @@ def test_giraffe_truncates_as_its_code_does():
 def test_resting_pairs_of_the_trained_model_keep_resting():
     geometry = RopeGeometry(64, 1e6, 4096, 64, rotated_pairs=8)
 
-    for name in METHODS:
+    for name in FREQUENCY_METHODS:
         method = make_method(name, **knobs(name, geometry.pairs))
         assert not method.plan(geometry).inv_freq[8:].any()
 

@@ -19,7 +19,7 @@ import zoo
 import zoo_images
 from conftest import relative
 from decoding import CACHE
-from method_knobs import PER_REQUEST, knobs
+from method_knobs import FREQUENCY_METHODS, PER_REQUEST, knobs
 from stock import NATIVE, arguments, build_by_hand, build_stock, frequencies, pairs
 from torch import Tensor, nn
 from transformers import DynamicCache, LlamaConfig, StaticCache
@@ -27,7 +27,6 @@ from transformers.models.llama.modeling_llama import LlamaModel
 
 from hf_rope_ext import (
     RopeError,
-    available_methods,
     export,
     load_pretrained,
     patch_model,
@@ -197,7 +196,7 @@ def test_text_alone_is_one_dimensional_rope_bit_for_bit(model_type):
         plain = plain_rope(count, base)
         pair_of = [pair for pair, _ in layout(model_type, section, 2 * count)]
         require_whole(model, label, base, pair_of)
-        for name in available_methods():
+        for name in FREQUENCY_METHODS:
             own = {**knobs(name, count), "probe": False}
             labels = {} if label is None else {"layer_types": [label]}
             patch_model(model, name, **own, **labels)

@@ -9,7 +9,7 @@ import zoo
 import zoo_images
 from conftest import relative
 from decoding import CACHE
-from method_knobs import FACTOR_ONLY, PER_REQUEST, knobs
+from method_knobs import FACTOR_ONLY, FREQUENCY_METHODS, PER_REQUEST, knobs
 from transformers import AutoModelForImageTextToText, LlamaConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
@@ -18,7 +18,6 @@ from hf_rope_ext import (
     RopeError,
     RopeWarning,
     UnknownMethodError,
-    available_methods,
     describe,
     export,
     load_pretrained,
@@ -103,7 +102,7 @@ def test_each_pair_turns_by_the_factor_of_its_own_axis(model_type, rope_type):
             assert abs(float(found[token, pair]) - float(angle.cos()) * largest) < 1e-4
 
 
-@pytest.mark.parametrize("name", available_methods())
+@pytest.mark.parametrize("name", FREQUENCY_METHODS)
 def test_every_method_can_be_that_of_one_axis(name):
     """Its pairs turn as under the method alone, whose frequencies other tests hold to formulas."""
     whole, by_axis = zoo.build("qwen3_vl"), zoo.build("qwen3_vl")

@@ -8,10 +8,10 @@ import pytest
 import torch
 import zoo
 from conftest import TRAINED, logits, relative, tiny_llama
-from method_knobs import NOT_STOCK, knobs
+from method_knobs import FREQUENCY_METHODS, NOT_STOCK, knobs
 from transformers import AutoConfig, LlamaForCausalLM
 
-from hf_rope_ext import ExportError, available_methods, export, patch_model
+from hf_rope_ext import ExportError, export, patch_model
 from hf_rope_ext.geometry import RopeGeometry
 from hf_rope_ext.methods import make_method
 
@@ -180,7 +180,7 @@ def test_a_plan_per_request_is_refused_or_frozen_when_asked(name, to, llama, ids
 
 
 def test_every_static_method_has_a_form_for_transformers_and_vllm():
-    for name in available_methods():
+    for name in FREQUENCY_METHODS:
         if name.startswith("dynamic"):
             continue
         values = knobs(name) | ({"factor": 2} if name == "proportional" else {})

@@ -9,7 +9,7 @@ import stock
 import torch
 import zoo
 from conftest import CORE_TYPES, logits, relative, tiny_llama
-from method_knobs import NOT_STOCK, knobs
+from method_knobs import FREQUENCY_METHODS, NOT_STOCK, knobs
 from transformers import AutoModelForCausalLM
 
 from hf_rope_ext import (
@@ -25,7 +25,7 @@ from hf_rope_ext.saving.configs import read_config
 from hf_rope_ext.saving.loading import skeleton
 
 EXPRESSIBLE = [
-    *((name, knobs(name)) for name in available_methods() if name not in NOT_STOCK),
+    *((name, knobs(name)) for name in FREQUENCY_METHODS if name not in NOT_STOCK),
     ("yarn", {"factor": 2.7}),  # not the ratio of two lengths
     ("yarn", {"factor": 4, "attention_factor": 1.0}),
     ("yarn", {"factor": 4, "truncate": False, "beta_fast": 16}),
