@@ -57,13 +57,5 @@ EQUIVALENT: dict[str, tuple[str, ...]] = {
         "config is not None else 1 -> vocabulary = config.get_text_config().vocab_size if config "
         "is not None else 2",
     ),
-    "Only the first of the candidates, and the last of a path's parts, is taken": (
-        "hf_rope_ext/finetune/lora.py find_text_model: candidates = embedding[:1] or stacks[-1:] "
-        "-> candidates = embedding[:2] or stacks[-1:]",
-        'hf_rope_ext/finetune/lora.py _shorten: last = {path.rsplit(".", 1)[-1] for path in '
-        'paths} -> last = {path.rsplit(".", )[-1] for path in paths}',
-        'hf_rope_ext/finetune/lora.py _shorten: last = {path.rsplit(".", 1)[-1] for path in '
-        'paths} -> last = {path.rsplit(".", 1)[+1] for path in paths}',
-    ),
 }
 """Names of mutants by reason, as in the result file."""

@@ -36,10 +36,9 @@ def find_text_model(model: nn.Module) -> tuple[str, nn.Module]:
     ]
     embedding = [owner for owner in owners if hasattr(owner[1], "embed_tokens")]
     stacks = [owner for owner in owners if any(True for _ in _blocks(owner[1]))]
-    candidates = embedding[:1] or stacks[-1:]
-    if not candidates:
+    if not embedding + stacks:
         raise RopeError(f"{type(model).__name__} has no stack of decoder layers.")
-    return candidates[0]
+    return (embedding + stacks)[0]
 
 
 def find_target_modules(model: nn.Module, targets: str = "attention") -> list[str]:
@@ -111,19 +110,24 @@ def add_adapter(
         A PEFT model, or ``model`` itself for ``"full"``.
 
     Raises:
-        RopeError: If a value is out of range, or PEFT would train no or other modules.
+        RopeError: If a value is out of range, the model does not predict tokens, or PEFT would
+            train no or other modules.
     """
     require_choice("adapter", adapter, ADAPTERS)
     if adapter == "full":
         _freeze_all_but_text(model)
         return model
     require_integer("lora_rank", rank, 1)
+    if not hasattr(model, "prepare_inputs_for_generation"):  # which PEFT takes over
+        raise RopeError(
+            f"{type(model).__name__} has no head that predicts the next token, which adapters are "
+            f"trained by; load the model with one, such as AutoModelForCausalLM."
+        )
     from peft import LoraConfig, get_peft_model
 
     if isinstance(targets, str):
         targets = _shorten(model, find_target_modules(model, targets))
     saved = find_norms_and_embeddings(model) if norms_and_embeddings else None
-    tied = bool(getattr(model.config, "tie_word_embeddings", False))
     config = LoraConfig(
         r=rank,
         lora_alpha=alpha,
@@ -133,7 +137,7 @@ def add_adapter(
         use_rslora=adapter == "rslora",
         use_dora=adapter == "dora",
         # otherwise a tied head silently keeps the untrained embedding
-        ensure_weight_tying=bool(saved) and tied,
+        ensure_weight_tying=saved is not None and _is_tied(model),
         task_type="CAUSAL_LM",
     )
     try:
@@ -141,20 +145,26 @@ def add_adapter(
     except ValueError as error:
         raise RopeError(f"PEFT cannot adapt {targets[:4]}: {error}") from error
     if saved is not None:
-        _require_only(wrapped, set(saved), tied)
+        _require_only(wrapped, set(saved))
     return wrapped
 
 
-def _require_only(wrapped: nn.Module, saved: set[str], tied: bool) -> None:
-    """Check that PEFT, which matches by suffix, took exactly these modules."""
+def _is_tied(model: Any) -> bool:
+    head = getattr(model.get_output_embeddings(), "weight", None)
+    return head is model.get_input_embeddings().weight
+
+
+def _require_only(wrapped: nn.Module, saved: set[str]) -> None:
+    """Check that PEFT, which matches by suffix, took exactly these modules, and a tied head."""
     from peft.utils import ModulesToSaveWrapper
 
     base = wrapped.get_base_model()  # type: ignore[operator]
     taken = {
-        path for path, module in base.named_modules() if isinstance(module, ModulesToSaveWrapper)
+        path
+        for path, module in base.named_modules()
+        if isinstance(module, ModulesToSaveWrapper) and module is not base.get_output_embeddings()
     }
-    head = {path for path in taken - saved if tied and "embed" not in path}
-    if taken - head != saved:
+    if taken != saved:
         raise RopeError(
             f"PEFT would not train exactly the norms and embeddings of this family, but differ in "
             f"{sorted(taken ^ saved)}; train it without train_norms_and_embeddings."
@@ -171,17 +181,15 @@ def _freeze_all_but_text(model: nn.Module) -> None:
 
 def _shorten(model: nn.Module, paths: list[str]) -> list[str]:
     """Return the last parts of the paths if they match no other module, else the paths."""
-    last = {path.rsplit(".", 1)[-1] for path in paths}
-    matched = {path for path, module in model.named_modules() if path.rsplit(".", 1)[-1] in last}
+    last = {path.rpartition(".")[2] for path in paths}
+    matched = {path for path, module in model.named_modules() if path.rpartition(".")[2] in last}
     return sorted(last) if matched == set(paths) else paths
 
 
 def _blocks(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """Yield the decoder's blocks: the members of the first module list that has attention."""
     for name, child in module.named_children():
-        if isinstance(child, nn.ModuleList) and any(
-            "attention" in type(part).__name__.lower() for part in child.modules()
-        ):
+        if isinstance(child, nn.ModuleList) and any(map(_is_attention, child.modules())):
             for index, block in child.named_children():
                 yield f"{name}.{index}", block
             return
@@ -190,7 +198,13 @@ def _blocks(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 def _in_attention(root: nn.Module, path: str) -> bool:
     parts = path.split(".")
     inside = [root.get_submodule(".".join(parts[:end])) for end in range(1, len(parts))]
-    return any("attention" in type(module).__name__.lower() for module in inside)
+    return any(map(_is_attention, inside))
+
+
+def _is_attention(module: nn.Module) -> bool:
+    name = type(module).__name__
+    # a whole layer can be named after its attention, and latent attention after its letters
+    return ("Attention" in name or "MLA" in name) and "Layer" not in name
 
 
 def _is_linear(module: nn.Module) -> bool:

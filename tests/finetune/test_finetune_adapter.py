@@ -70,6 +70,11 @@ LLAMA_MLP = {"gate_proj", "up_proj", "down_proj"}
         ),
         ("qwen2_vl", LLAMA_ATTENTION),
         ("gemma3", LLAMA_ATTENTION),
+        ("mllama", LLAMA_ATTENTION),  # its layers are named after their attention
+        (
+            "longcat_flash",  # with two attentions in a layer, which are not named so
+            {"q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj", "o_proj"},
+        ),
     ],
 )
 def test_targets_are_the_attention_projections_of_the_text_model(stack, last):
@@ -83,6 +88,12 @@ def test_targets_are_the_attention_projections_of_the_text_model(stack, last):
     wrapped = add_adapter(model)
     adapted = {name for name, _ in wrapped.named_modules() if name.endswith(".lora_A")}
     assert adapted == {f"base_model.model.{path}.lora_A" for path in paths}
+
+
+def test_an_mlp_beside_the_attention_of_a_part_named_after_it_is_no_target():
+    paths = find_target_modules(zoo.build("zamba2"))
+
+    assert {path.rsplit(".", 1)[-1] for path in paths} == LLAMA_ATTENTION
 
 
 def test_every_linear_layer_of_the_blocks_can_be_a_target(llama):
@@ -279,6 +290,9 @@ def test_what_cannot_be_trained_is_refused(llama):
         add_adapter(llama, rank=0)
     with pytest.raises(RopeError, match="PEFT cannot adapt"):
         add_adapter(llama, targets=["no_such_layer"])
+    with pytest.raises(RopeError, match="LlamaModel has no head"):
+        add_adapter(llama.model)
+    assert not any("lora" in name for name, _ in llama.named_modules())
 
 
 @pytest.mark.parametrize("tied", [False, True])
@@ -302,6 +316,20 @@ def test_an_adapter_is_the_one_asked_for(kind, norms, tied):
         assert (default.use_rslora, default.use_dora) == (False, False)
         assert set(settings(targets=["q_proj"]).target_modules) == {"q_proj"}
         assert set(settings(targets="all-linear").target_modules) == LLAMA_ATTENTION | LLAMA_MLP
+
+
+def test_a_head_counts_as_tied_where_it_shares_the_embedding_whatever_the_config_says(ids):
+    untied = tiny_llama(tie_word_embeddings=True)
+    untied.lm_head.weight = torch.nn.Parameter(2 * untied.lm_head.weight.detach())
+    before = logits(untied, ids)
+    with pytest.warns(UserWarning, match="tie_word_embeddings"):  # PEFT goes by the config
+        wrapped = add_adapter(untied, norms_and_embeddings=True)
+    torch.testing.assert_close(logits(wrapped, ids), before)
+
+    silent = add_adapter(zoo.build("qwen2_audio"), norms_and_embeddings=True)  # has no such entry
+    for model in (wrapped, silent):
+        assert model.get_input_embeddings().weight.requires_grad
+        assert not model.get_output_embeddings().weight.requires_grad
 
 
 def test_short_names_are_used_only_where_they_match_nothing_else():
@@ -348,6 +376,14 @@ def test_full_fine_tuning_trains_the_whole_text_model_and_its_head(tied):
 
     assert all(weight.requires_grad for weight in model.parameters())
     assert model.lm_head.weight.requires_grad
+
+
+def test_full_fine_tuning_needs_no_stack_of_layers_that_can_be_told():
+    model = add_adapter(zoo.build("hrm_text"), "full")  # its layers stand in two stacks, deeper
+
+    assert all(weight.requires_grad for weight in model.parameters())
+    with pytest.raises(RopeError, match="name the modules in lora_targets"):
+        add_adapter(model)
 
 
 def test_full_fine_tuning_leaves_the_vision_tower_frozen():
