@@ -101,7 +101,7 @@ def test_every_linear_layer_of_the_blocks_can_be_a_target(llama):
     last = {path.rsplit(".", 1)[-1] for path in find_target_modules(llama, "all-linear")}
 
     assert last == LLAMA_ATTENTION | LLAMA_MLP
-    with pytest.raises(RopeError, match="'attention', 'all-linear'"):
+    with pytest.raises(RopeError, match="targets must be one of 'attention', 'all-linear'"):
         find_target_modules(llama, "mlp")
 
 
@@ -311,6 +311,7 @@ def test_an_adapter_is_the_one_asked_for(kind, norms, tied):
     assert bool(found.ensure_weight_tying) == (norms and tied)
     assert found.task_type == "CAUSAL_LM"
     if kind == "lora":
+        assert settings(rank=1).r == 1
         default = settings()
         assert (default.r, default.lora_alpha, default.lora_dropout) == (8, 16, 0.0)
         assert (default.use_rslora, default.use_dora) == (False, False)
