@@ -120,9 +120,10 @@ def enclosing_stops(
         around: The configs of the models around those, and of the patched models themselves.
     """
     stop = next((change.values[STOP] for change in changes if STOP in change.values), None)
-    stopped = {id(change.owner) for change in changes if STOP in change.values}
-    outer = {id(config): config for config in around if id(config) not in stopped}
-    return [] if stop is None else [SetAttributes(own, {STOP: stop}) for own in outer.values()]
+    if stop is None:
+        return []
+    outer = {id(config): config for config in around}
+    return [SetAttributes(config, {STOP: stop}) for config in outer.values()]
 
 
 def loud_attributes(
@@ -155,8 +156,8 @@ def remedy(method: Method) -> str:
 def stock_attributes(
     sites: Sequence[RopeSite],
     method: Method,
-    temperature: str = "rotation",
-    beside: Mapping[str, Any] | None = None,
+    temperature: str,
+    beside: Mapping[str, Any],
 ) -> dict[str, Any]:
     """Return the config attributes that make stock transformers equivalent to the patch.
 
@@ -182,14 +183,13 @@ def stock_attributes(
     for site in sites:
         forms = _choices(site, method, temperature)
         choices[site.label] = [form for form in choices.get(site.label, forms) if form in forms]
-    attributes: dict[str, Any] = {}
     parameters: dict[str | None, dict[str, Any]] = {}
     for label, forms in choices.items():
         for form in forms:
             parameters[label] = form
             attributes = {"rope_parameters": _nested(sites, parameters)}
             attributes |= _needed_beside(sites[0], parameters)
-            if _reads(config, {**(beside or {}), **attributes}):
+            if _reads(config, {**beside, **attributes}):
                 break
         else:
             raise ExportError(
@@ -329,12 +329,13 @@ def _needed_beside(
     site: RopeSite, parameters: Mapping[str | None, Mapping[str, Any]]
 ) -> dict[str, Any]:
     """Return the config attributes that stock code reads alongside ``rope_parameters``."""
-    types = {form["rope_type"] for form in parameters.values()}
     attributes: dict[str, Any] = {}
-    if types & {"yarn", "dynamic", "longrope"} and setting(site.config, "head_dim", 0) is None:
-        # these three types do not derive it from the hidden size
+    if all(form["rope_type"] == "default" for form in parameters.values()):
+        return attributes
+    if setting(site.config, "head_dim", 0) is None:
+        # some types do not derive it from the hidden size
         attributes["head_dim"] = site.geometry.head_dim
-    if types - {"default"} and hasattr(site.config, "original_max_position_embeddings"):
+    if hasattr(site.config, "original_max_position_embeddings"):
         # if present, stock code prefers it to the one in rope_parameters
         attributes["original_max_position_embeddings"] = (
             site.geometry.original_max_position_embeddings

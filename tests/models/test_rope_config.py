@@ -176,6 +176,70 @@ def test_the_configs_length_follows_a_rule_per_method(name, expected, llama):
     assert llama.config.max_position_embeddings == expected
 
 
+# a family for each rule of stock code, how a method is written for it (None: so that it stops), and
+# what stock code needs besides
+WRITTEN = [
+    ("llama", "dynamic", "dynamic", {}),
+    ("phi3", "ntk", "default", {}),  # knows few types, and has a length beside the parameters
+    ("phi3", "yarn", "longrope", {"original_max_position_embeddings": TRAINED}),
+    ("phi3", "dynamic", None, {}),
+    ("phimoe", "yarn", "longrope", {}),  # reads temperatures under other names
+    ("lfm3", "none", "proportional", {}),  # pairs at rest
+    ("lfm3", "ntk_mixed", "longrope", {}),
+    ("gemma4_text", "linear", "proportional", {}),  # the same, with layers of two widths
+    ("gemma4_text", "yarn", None, {}),
+    ("granite_swa", "ntk", "longrope", {}),  # a base that other layers share
+    ("mistral4", "none", "linear", {}),  # knows no default
+    ("cosmos3_edge", "ntk", "default", {}),  # knows nothing else
+    ("cosmos3_edge", "linear", None, {}),
+    ("mixtral", "ntk", "default", {}),  # leaves the width of a head open
+    ("mixtral", "yarn", "yarn", {"head_dim": 16}),
+    ("qwen3_vl", "linear", "linear", {}),  # sections, which a validator warns about
+    ("gpt_neox", "yarn", "yarn", {}),  # part of a head, whose width is no entry
+    ("gptj", "yarn", None, {}),
+]
+
+
+@pytest.mark.filterwarnings("ignore::hf_rope_ext.errors.RopeWarning")
+@pytest.mark.parametrize(("stack", "name", "written", "beside"), WRITTEN)
+def test_what_is_written_for_a_kind_of_family_is_what_stock_computes(
+    stack, name, written, beside, caught
+):
+    model = zoo.build(stack)
+    inputs, weights = zoo.inputs(model, length=100), copy.deepcopy(model.state_dict())
+    before = zoo.text_config(model.config).to_dict()
+    caught.clear()
+
+    patch_model(model, name, **knobs(name))
+
+    assert not any("rope" in line for line in caught)
+    after = zoo.text_config(model.config).to_dict()
+    changed = {key for key in after if after[key] != before.get(key)}
+    own = {"hf_rope_ext", "max_position_embeddings", "n_positions", "rope_parameters"}
+    settings = type(model.config).from_dict(model.config.to_dict())
+    if written is None:
+        with pytest.raises(Exception, match=r"load this model with hf_rope_ext\.load_pretrained"):
+            type(model)(settings)
+        assert changed <= own | {"experts_implementation"}
+        return
+    rope = after["rope_parameters"]
+    assert rope.get("full_attention", rope)["rope_type"] == written
+    assert {key: after[key] for key in changed - own} == {
+        key: value for key, value in beside.items() if before[key] != value
+    }
+    stock = type(model)(settings).eval()
+    stock.load_state_dict(weights)
+    assert relative(zoo.run(stock, **inputs), zoo.run(model, **inputs)) < 1e-4
+
+
+@pytest.mark.parametrize(("name", "kept"), [("ntk", TRAINED), ("yarn", TRAINED // 2)])
+def test_a_length_beside_the_parameters_is_changed_where_stock_computes_with_it(name, kept):
+    model = zoo.build("phi3")
+    patch_model(model, name, factor=4, original_max_position_embeddings=TRAINED // 2)
+
+    assert model.config.original_max_position_embeddings == kept
+
+
 def test_lengths_are_written_as_integers_and_factors_as_floats(llama):
     patch_model(llama, "yarn", factor=4)
 
