@@ -120,10 +120,7 @@ def enclosing_stops(
         around: The configs of the models around those, and of the patched models themselves.
     """
     stop = next((change.values[STOP] for change in changes if STOP in change.values), None)
-    if stop is None:
-        return []
-    outer = {id(config): config for config in around}
-    return [SetAttributes(config, {STOP: stop}) for config in outer.values()]
+    return [] if stop is None else [SetAttributes(config, {STOP: stop}) for config in around]
 
 
 def loud_attributes(
