@@ -70,7 +70,10 @@ ROOMS: dict[str, tuple[str, str]] = {
         "rotary patching/test_patch.py cache/test_lengths.py cache/test_boundaries.py",
     ),
     "cache": ("cache", "cache patching/test_cache_proof.py"),
-    "patching": ("patching changes.py", "patching"),
+    "patching": (
+        "patching changes.py",
+        "patching saving/test_adapters.py positions/test_placement.py rotary/test_vision_towers.py",
+    ),
     "saving": ("saving", "saving finetune/test_finetune_adapter.py"),
     "scoring": ("evals/scoring.py", "evals/test_scoring.py"),
     "statistics": ("evals/statistics.py", "evals/test_statistics.py"),

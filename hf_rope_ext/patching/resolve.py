@@ -168,9 +168,7 @@ def _apply_layout(site: RopeSite, layout: MRopeLayout | None) -> AppliedLayout |
             f"{site.path}: mrope_layout={layout.name!r} is for models whose pairs each turn by one "
             f"of several position axes (M-RoPE), as the pairs of this one do not."
         )
-    config = site.config
-    heads = setting(config, "num_key_value_heads") or setting(config, "num_attention_heads")
-    applied = layout.on(axes, heads)
+    applied = layout.on(axes, setting(site.config, "num_key_value_heads"))
     as_trained = AppliedLayout(tuple(map(applied.names.index, axes)), applied.names)
     return None if applied == as_trained else applied
 
@@ -248,7 +246,10 @@ def _require_per_request(site: RopeSite, method: Method, temperature: str) -> No
             f"{method.name} with temperature='logits': a module's softmax scale cannot follow "
             f"each request; use temperature='rotation'."
         )
-    if site.family.softmax_mscale and getattr(method, "mscale_all_dim", None) is not None:
+    geometry = site.geometry
+    length = method.target_length(geometry) or geometry.original_max_position_embeddings
+    longest = method.freeze(geometry, length).plan(geometry)
+    if site.family.softmax_mscale and longest.softmax_scaling != 1.0:
         raise MethodParameterError(
             f"{method.name} with mscale_all_dim on model_type={site.config.model_type!r}: its "
             f"softmax scale cannot follow each request; use attention_factor."

@@ -87,6 +87,18 @@ def test_a_number_too_large_or_too_small_is_named_with_what_is_allowed(arguments
     assert model.config.to_dict() == before
 
 
+@pytest.mark.filterwarnings("ignore::hf_rope_ext.errors.RopeWarning")
+def test_a_softmax_scale_that_cannot_follow_the_request_is_refused_where_there_would_be_one():
+    pair = {"factor": 4, "mscale": 0.7, "mscale_all_dim": 0.5}
+    with pytest.raises(MethodParameterError, match="cannot follow each request; use attention"):
+        patch_model(zoo.build("deepseek_v3"), "dynamic_yarn", **pair)
+    with pytest.raises(MethodParameterError, match="cannot follow each request; use attention"):
+        patch_model(zoo.build("deepseek_v3"), "dynamic_yarn+cope", **pair)
+
+    patch_model(zoo.build("deepseek_v3"), "dynamic_yarn", factor=4)
+    patch_model(tiny_llama(), "dynamic_yarn", **pair)
+
+
 def test_the_longest_length_and_the_largest_factor_are_served(llama, ids):
     with patched(llama, "linear", factor=2.0**30):
         assert llama.config.max_position_embeddings == TRAINED * 2**30

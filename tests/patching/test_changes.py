@@ -446,6 +446,13 @@ def test_hooks_of_others_stay_and_attributes_of_configs_go_by_their_stored_name(
     assert not module._forward_hooks_with_kwargs
     assert not module._forward_pre_hooks
 
+    seen = []
+    hooks = AddHooks(module, lambda *_: seen.append("before"), lambda *_: seen.append("after"))
+    apply_all([hooks])
+    with pytest.raises(RuntimeError):
+        module(torch.zeros(3))  # of another width
+    assert seen == ["before", "after"]
+
     config = zoo.config("gptj")
     assert config.attribute_map["max_position_embeddings"] == "n_positions"
     before = config.to_dict()

@@ -1,11 +1,13 @@
 """`describe` reports what computes, not what a config says."""
 
 import json
+import math
 
 import pytest
 import torch
 import zoo
 from conftest import TRAINED, tiny_llama
+from decoding import CACHE, dynamic, greedy, text
 
 from hf_rope_ext import UnsupportedModelError, describe, patch_model, unpatch_model
 
@@ -86,6 +88,30 @@ def test_it_is_json_data_and_a_table(llama):
     assert json.loads(json.dumps(found.to_dict()))["method"]["name"] == "yarn+resonance"
     assert "yarn+resonance" in str(found)
     assert "model.rotary_emb" in str(found)
+
+
+def test_every_number_of_a_site_stands_in_its_row(llama):
+    patch_model(llama, "yarn", factor=4)
+
+    lines = str(describe(llama)).splitlines()
+
+    (row,) = [line for line in lines if "model.rotary_emb" in line]
+    # of 8 pairs YaRN's ramp begins at the first and ends at the third
+    assert [cell.strip() for cell in row.strip("│").split("│")] == [
+        "model.rotary_emb", "yarn", "10000", "16/16", "64", "1 of 8", "/ 4", "x 1.139",
+        "x 1.296 of 1.296", "float32 cpu ok",
+    ]  # fmt: skip
+    assert f"max_position_embeddings {4 * TRAINED}" in lines
+
+
+def test_it_says_what_a_request_is_planned_for():
+    model = dynamic()
+    found = greedy(model, text(1, 100), 28, return_dict_in_generate=True)
+
+    site = describe(model, found[CACHE]).sites[0]
+
+    assert site.attention_scaling == pytest.approx(0.1 * math.log(2) + 1)
+    assert describe(model).sites[0].attention_scaling > site.attention_scaling
 
 
 def test_every_module_of_several_is_described():

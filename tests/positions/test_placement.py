@@ -341,6 +341,8 @@ def test_it_is_the_positions_that_move():
     patch_model(model, "none", visual_positions=rule)
 
     assert torch.equal(zoo.run(model, **inputs), expected)
+    ids, *others = index_arguments(inputs).items()
+    assert torch.equal(model.model.get_rope_index(ids[1], **dict(others))[0], by_hand)
     # fewer positions are needed: that is what a length-dependent method and a report go by
     length = request_length(model, **inputs)
     assert length.positions == math.ceil(by_hand.max()) + 1

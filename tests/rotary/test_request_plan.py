@@ -3,10 +3,10 @@
 import pytest
 import torch
 from conftest import TRAINED, logits, relative, tiny_llama
-from decoding import CACHE, dynamic, frozen, greedy, text
+from decoding import dynamic, frozen, greedy, text
 from method_knobs import slowdowns
 
-from hf_rope_ext import MethodParameterError, describe, load_pretrained, patch_model, request_plan
+from hf_rope_ext import MethodParameterError, load_pretrained, patch_model, request_plan
 
 pytestmark = pytest.mark.filterwarnings("ignore::hf_rope_ext.RopeWarning")
 
@@ -90,13 +90,3 @@ def test_the_policy_is_saved_and_restored(tmp_path):
     dynamic(compat="transformers").save_pretrained(tmp_path)
     again = load_pretrained(tmp_path).model.rotary_emb.rotations[None].policy
     assert again.compat == "transformers"
-
-
-def test_describe_says_what_a_request_is_planned_for():
-    model = dynamic()
-    found = greedy(model, text(1, 100), 28, return_dict_in_generate=True)
-
-    site = describe(model, found[CACHE]).sites[0]
-
-    assert site.attention_scaling == pytest.approx(0.1 * torch.tensor(2.0).log().item() + 1)
-    assert describe(model).sites[0].attention_scaling > site.attention_scaling

@@ -380,6 +380,7 @@ def test_both_are_described():
     assert all(site.sound for site in found.vision.sites)
     assert found.vision.sites[0].original_max_position_embeddings == TRAINED
     assert "qwen2_vl_vision: per_axis" in str(found)
+    assert all(f" [{axis}] " in str(found) for axis in "hw")
     tower = transformers.PixtralVisionModel(zoo.config("mistral3").vision_config)
     scale(tower, factor=2)
     assert describe(tower).method["name"] == "ntk"

@@ -199,6 +199,14 @@ def test_a_model_patched_inside_its_wrapper_says_what_is_lost(base):
         patch_model(model.get_base_model(), "linear", factor=4)
 
 
+def test_wrappers_of_other_models_are_left_alone(base):
+    waiting = extended(base)
+    other = lora(tuning.base())
+
+    assert waits(waiting)
+    assert not stand_ins(other)
+
+
 def test_a_copy_waits_for_wrappers_of_its_own(base, tmp_path, ids):
     original = extended(base)
     copied = copy.deepcopy(original)
@@ -245,6 +253,15 @@ def test_one_other_number_anywhere_in_the_base_is_noticed():
 
     assert weights_record(model) != before
     assert weights_record(lora(model)) == weights_record(model)
+
+
+def test_weights_that_are_no_longer_those_of_the_base_have_no_fingerprint():
+    with torch.device("meta"):
+        assert weights_record(tiny_llama()) is None
+    for weight in (torch.ones(128, 64, dtype=torch.int8), torch.empty(0)):  # quantized, sharded
+        model = tiny_llama()
+        model.lm_head.weight = nn.Parameter(weight, requires_grad=False)
+        assert weights_record(model) is None
 
 
 def test_an_adapter_on_a_base_that_was_patched_otherwise_is_refused(tmp_path):
