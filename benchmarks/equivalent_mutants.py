@@ -43,6 +43,7 @@ EQUIVALENT: dict[str, tuple[str, ...]] = {
     "None is as false as False here": (
         "hf_rope_ext/positions/placement.py NextText: by_tokens: bool = False -> "
         "by_tokens: bool = None",
+        "hf_rope_ext/saving/configs.py _modernize: older = False -> older = None",
     ),
     "The tests run on the CPU, where nothing is moved": (
         'hf_rope_ext/positions/placement.py place_visual_tokens: result = position_ids.to("cpu", '

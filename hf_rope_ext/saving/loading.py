@@ -24,8 +24,8 @@ from hf_rope_ext.saving.configs import CODE, SavedConfig, revert_config
 from hf_rope_ext.saving.configs import read_config as read_config
 from hf_rope_ext.saving.record import apply_record
 
-NOT_CONFIG = ("dtype", "torch_dtype", "quantization_config", "output_loading_info", "state_dict")
-"""Arguments of ``from_pretrained`` that never become entries of the config."""
+NOT_CONFIG = ("dtype", "torch_dtype", "quantization_config")
+"""Arguments of ``from_pretrained`` that are for the weights, and are also entries of configs."""
 
 PLACE = ("revision", "subfolder")
 """Arguments of ``from_pretrained`` that an adapter on the hub does not share with its base."""
@@ -108,8 +108,9 @@ def skeleton(config: Config) -> nn.Module:
         raise
     except Exception as error:  # whatever a family makes of a value that it does not know
         reason = " ".join(f"{type(error).__name__}: {error}".split())
-        kind = getattr(config, "model_type", "?")
-        raise RopeError(f"no model can be built from this {kind!r} config: {reason}") from error
+        raise RopeError(
+            f"no model can be built from this {config.model_type!r} config: {reason}"
+        ) from error
 
 
 def load_unpatched(name_or_path: str | Path, *, device: str, dtype: str) -> tuple[nn.Module, Any]:

@@ -264,6 +264,16 @@ def test_weights_that_are_no_longer_those_of_the_base_have_no_fingerprint():
         assert weights_record(model) is None
 
 
+def test_a_record_that_says_nothing_of_the_weights_is_applied_to_any(base, tmp_path, ids):
+    model = lora(extended(base))
+    model.save_pretrained(tmp_path)
+    record = json.loads((tmp_path / ADAPTER_RECORD).read_text())
+    del record["base_weights"]
+    (tmp_path / ADAPTER_RECORD).write_text(json.dumps(record))
+
+    assert torch.equal(logits(load_pretrained(tmp_path), ids), logits(model, ids))
+
+
 def test_an_adapter_on_a_base_that_was_patched_otherwise_is_refused(tmp_path):
     for name, factor in (("base", 2), ("trained", 4)):
         patch_model(tiny_llama(), "yarn", factor=factor).save_pretrained(tmp_path / name)

@@ -29,7 +29,9 @@ def flag(result, name):
 def test_transformers_gets_the_config_that_save_pretrained_writes(llama, ids):
     patch_model(llama, "yarn", factor=4)
 
-    changes = export(llama).config
+    result = export(llama)
+    assert (result.target, result.flags, result.notes) == ("transformers", (), ())
+    changes = result.config
     config = tiny_llama().config
     for name, value in changes.items():
         setattr(config, name, value)
@@ -148,6 +150,7 @@ def test_llama_cpp_computes_the_plan_from_its_flags(name, values):
 
     frequencies, factor = llama_cpp_frequencies(result)
 
+    assert (result.target, result.config) == ("llama.cpp", {})
     np.testing.assert_allclose(frequencies, plan.inv_freq.numpy(), rtol=1e-12)
     assert factor == pytest.approx(plan.attention_scaling, rel=1e-12)
     assert int(flag(result, "--ctx-size")) == (
@@ -229,6 +232,17 @@ def test_a_patched_model_is_exported_as_it_is_and_not_by_another_method(llama):
         with pytest.raises(ExportError, match=r"the model is patched with Yarn\(factor=4"):
             export(llama, **arguments)
     assert export(llama).config["rope_parameters"]["factor"] == 4.0
+
+
+def test_a_vision_tower_has_no_setting_in_any_engine():
+    model = zoo.build("qwen2_vl")
+    vision = {"target": "vision", "original_max_position_embeddings": 8}
+    for to in ("transformers", "vllm", "sglang", "llama.cpp"):
+        with pytest.raises(ExportError, match="has no setting for the RoPE of a vision tower"):
+            export(model, to, method="ntk", factor=2, **vision)
+    patch_model(model, "ntk", factor=2, **vision)
+    with pytest.raises(ExportError, match="has no setting for the RoPE of a vision tower"):
+        export(model)
 
 
 @pytest.mark.parametrize(

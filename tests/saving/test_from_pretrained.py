@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import re
 import shutil
 from types import SimpleNamespace
 
@@ -12,6 +13,7 @@ from conftest import logits, relative, tiny_llama
 from peft import LoraConfig, get_peft_model
 from transformers import (
     AutoConfig,
+    AutoModel,
     AutoModelForCausalLM,
     GPTJConfig,
     GPTJForCausalLM,
@@ -29,6 +31,7 @@ from hf_rope_ext import (
     save_pretrained,
     unpatch_model,
 )
+from hf_rope_ext.saving.classes import find_class
 
 CODE = """
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -289,6 +292,76 @@ def test_what_is_pushed_to_the_hub_holds_the_record(adapted, tmp_path, ids, monk
     assert torch.equal(logits(load_pretrained(pushed), ids), logits(model, ids))
 
 
+def test_the_parts_of_a_checkpoint_may_lie_in_a_subfolder(tmp_path, ids):
+    model = patch_model(tiny_llama(), "dynamic_yarn", factor=4)
+    model.save_pretrained(tmp_path / "part")
+
+    for arguments in ({}, {"config": tiny_llama().config}):  # with a config of its own, or without
+        found = load_pretrained(tmp_path, subfolder="part", **arguments)
+        assert torch.equal(logits(found, ids), logits(model, ids))
+
+
+def into_cache(cache, name, directory, revision):
+    """Store a directory as the hub's client does what it has downloaded."""
+    folder, commit = cache / f"models--{name.replace('/', '--')}", "0" * 40
+    shutil.copytree(directory, folder / "snapshots" / commit)
+    (folder / "refs").mkdir()
+    (folder / "refs" / revision).write_text(commit)
+
+
+def test_models_and_adapters_of_the_hub_are_found_in_the_cache_asked_for(tmp_path, ids):
+    patch_model(tiny_llama(), "dynamic_yarn", factor=4).save_pretrained(tmp_path / "base")
+    base = load_pretrained(tmp_path / "base")
+    expected = logits(base, ids)
+    lora = LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False)
+    model = get_peft_model(base, lora).eval()
+    model.save_pretrained(tmp_path / "adapter")
+    path = tmp_path / "adapter" / "adapter_config.json"
+    settings = {**json.loads(path.read_text()), "base_model_name_or_path": "someone/base"}
+    path.write_text(json.dumps(settings))
+    cache = tmp_path / "cache"
+    into_cache(cache, "someone/base", tmp_path / "base", "main")
+    into_cache(cache, "someone/adapter", tmp_path / "adapter", "v1")
+    here = {"cache_dir": cache, "local_files_only": True}
+
+    assert torch.equal(logits(load_pretrained("someone/base", **here), ids), expected)
+    found = load_pretrained("someone/adapter", revision="v1", **here)
+    assert torch.equal(logits(found.eval(), ids), logits(model, ids))
+    with pytest.raises(RopeError, match="cannot read a model's config from 'someone/adapter'"):
+        load_pretrained("someone/adapter", **here)  # of the main revision there is nothing
+
+
+@pytest.mark.parametrize("beside", [False, True])
+def test_loading_information_comes_with_an_adapter(beside, tmp_path, ids):
+    patch_model(tiny_llama(), "dynamic_yarn", factor=4).save_pretrained(tmp_path / "base")
+    lora = LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False)
+    model = get_peft_model(load_pretrained(tmp_path / "base"), lora).eval()
+    directory = tmp_path / ("base" if beside else "adapter")
+    model.save_pretrained(directory)
+
+    found, information = load_pretrained(directory, output_loading_info=True)
+
+    assert torch.equal(logits(found.eval(), ids), logits(model, ids))
+    assert not information["mismatched_keys"]
+
+
+@pytest.mark.parametrize(
+    ("architectures", "expected"),
+    [
+        (["MyLlama"], (AutoModelForCausalLM, True)),
+        (["Another"], (AutoModel, False)),
+        (None, (AutoModel, False)),
+    ],
+)
+def test_remote_code_is_loaded_by_the_auto_class_of_what_was_saved(architectures, expected):
+    config = LlamaConfig(architectures=architectures)
+    config.auto_map = {"AutoConfig": "m.MyConfig", "AutoModel": "m.MyBase"}
+    config.auto_map["AutoModelForCausalLM"] = "m.MyLlama"
+
+    assert find_class(config, trust_remote_code=True) == expected
+    assert find_class(config)[0] is not AutoModel  # code is not run unless it is trusted
+
+
 def test_an_adapter_beside_its_base_is_loaded_onto_that(tmp_path, ids):
     patch_model(tiny_llama(), "dynamic_yarn", factor=4).save_pretrained(tmp_path)
     lora = LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False)
@@ -344,7 +417,8 @@ def test_what_holds_no_record_restores_nothing(tmp_path):
     tiny_llama().save_pretrained(tmp_path)
 
     for source in (tmp_path, tiny_llama().config, {}):
-        with pytest.raises(RopeError, match="holds no record"):
+        named = re.escape(str(source)) if source == tmp_path else "the config"
+        with pytest.raises(RopeError, match=f"^{named} holds no record"):
             restore_patch(model := tiny_llama(), source)
         with pytest.raises(NotPatchedError):
             unpatch_model(model)

@@ -9,6 +9,7 @@ import stock
 import torch
 import zoo
 from conftest import CORE_TYPES, logits, relative, tiny_llama
+from finetuning import write_model
 from method_knobs import FREQUENCY_METHODS, NOT_STOCK, knobs
 from transformers import AutoModelForCausalLM
 
@@ -21,8 +22,8 @@ from hf_rope_ext import (
     patch_model,
     unpatch_model,
 )
-from hf_rope_ext.saving.configs import read_config
-from hf_rope_ext.saving.loading import skeleton
+from hf_rope_ext.saving.configs import SavedConfig, read_config
+from hf_rope_ext.saving.loading import load_processor, load_unpatched, skeleton
 
 EXPRESSIBLE = [
     *((name, knobs(name)) for name in FREQUENCY_METHODS if name not in NOT_STOCK),
@@ -228,3 +229,66 @@ def test_a_config_that_describes_no_model_is_an_error_of_this_package(tmp_path, 
     (tmp_path / "config.json").write_text(json.dumps(settings))
     with pytest.raises(RopeError, match=message):
         skeleton(read_config(tmp_path)[0])
+
+
+SECTIONS = {"mrope_section": [2, 3, 3]}
+
+
+@pytest.mark.parametrize("depth", [("text_config",), ("thinker_config", "text_config")])
+@pytest.mark.parametrize(
+    ("text", "beside", "expected"),
+    [
+        ({"rope_scaling": {"type": "mrope"}, "rope_theta": 5.0}, {}, {"rope_theta": 5.0}),
+        ({}, {"rope_scaling": {"type": "mrope"}, "rope_theta": 5.0}, {"rope_theta": 5.0}),
+        (
+            {"rope_theta": 7.0},  # the text's own goes before what stands beside it
+            {"rope_scaling": {"type": "mrope"}, "rope_theta": 5.0, "partial_rotary_factor": 0.5},
+            {"rope_theta": 7.0, "partial_rotary_factor": 0.5},
+        ),
+    ],
+)
+def test_m_rope_as_older_checkpoints_say_it_is_found_in_the_text_config(
+    text, beside, expected, depth
+):
+    text, beside = copy.deepcopy((text, beside))
+    for place in (text, beside):
+        place.get("rope_scaling", {}).update(SECTIONS)
+    settings = {depth[-1]: text, **beside}
+    for name in depth[-2::-1]:
+        settings = {name: settings}
+
+    found = SavedConfig.from_settings({"model_type": "any", **settings}, "the config")
+
+    inner = found.settings
+    for name in depth:
+        inner = inner[name]
+    assert not found.as_found
+    assert found.record is None
+    assert inner == {"rope_scaling": {"rope_type": "default", **SECTIONS}, **expected}
+    again = SavedConfig.from_settings(copy.deepcopy(found.settings), "the config")
+    assert again.as_found
+
+
+def test_a_model_is_loaded_as_before_its_patch_with_its_tokenizer(tmp_path):
+    write_model(tmp_path)
+    stock = AutoModelForCausalLM.from_pretrained(tmp_path)
+    patched = AutoModelForCausalLM.from_pretrained(tmp_path)
+    patch_model(patched, "dynamic_yarn", factor=4).save_pretrained(tmp_path)
+
+    model, tokenizer = load_unpatched(tmp_path, device="cpu", dtype="float64")
+
+    ids = torch.tensor([tokenizer("a text of some words, " * 5)["input_ids"]])
+    assert torch.equal(logits(model, ids), logits(stock.double(), ids))
+    for dtype in ("int8", "float33", "nn"):
+        with pytest.raises(RopeError, match=f"dtype must be float32, .* got '{dtype}'"):
+            load_unpatched(tmp_path, device="cpu", dtype=dtype)
+    (tmp_path / "model.safetensors").write_text("spoilt")
+    with pytest.raises(RopeError, match=r"cannot load .*header"):
+        load_unpatched(tmp_path, device="cpu", dtype="float32")
+
+
+def test_a_model_without_a_processor_takes_no_images(tmp_path):
+    with pytest.raises(RopeError, match=r"cannot load a processor from .*: Unrecognized"):
+        load_processor(tmp_path)
+    with pytest.raises(RopeError, match="has no processor, so it takes no images"):
+        load_processor(write_model(tmp_path))
