@@ -8,6 +8,7 @@ import pytest
 import stock
 import torch
 import zoo
+import zoo_images
 from conftest import CORE_TYPES, logits, relative, tiny_llama
 from finetuning import write_model
 from method_knobs import FREQUENCY_METHODS, NOT_STOCK, knobs
@@ -16,6 +17,7 @@ from transformers import AutoModelForCausalLM
 from hf_rope_ext import (
     ExportError,
     RopeError,
+    VisualPositions,
     available_methods,
     export,
     load_pretrained,
@@ -292,3 +294,27 @@ def test_a_model_without_a_processor_takes_no_images(tmp_path):
         load_processor(tmp_path)
     with pytest.raises(RopeError, match="has no processor, so it takes no images"):
         load_processor(write_model(tmp_path))
+
+
+def test_both_towers_and_the_places_of_images_come_back(tmp_path):
+    model = zoo.build("qwen2_vl")
+    inputs = zoo_images.image_inputs(model)
+    stock = zoo.run(model, **inputs)
+    rule = VisualPositions(factor={"t": 4, "w": 2})
+    patch_model(model, "dynamic_linear", factor=4, visual_positions=rule)
+    text_alone = zoo.run(model, **inputs)
+    patch_model(
+        model, "linear", factor=2, target="vision", original_max_position_embeddings=zoo.TRAINED
+    )
+    expected = zoo.run(model, **inputs)
+    assert relative(text_alone, stock) > 1e-4
+    assert relative(expected, text_alone) > 1e-4
+    model.save_pretrained(tmp_path)
+
+    found = load_pretrained(tmp_path)
+
+    assert torch.equal(zoo.run(found, **inputs), expected)
+    unpatch_model(found, "vision")
+    assert torch.equal(zoo.run(found, **inputs), text_alone)
+    unpatch_model(found)
+    assert torch.equal(zoo.run(found, **inputs), stock)
