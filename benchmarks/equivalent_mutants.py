@@ -45,6 +45,10 @@ EQUIVALENT: dict[str, tuple[str, ...]] = {
         "by_tokens: bool = None",
         "hf_rope_ext/saving/configs.py _modernize: older = False -> older = None",
     ),
+    "A field becomes a parameter that nobody gives": (
+        "hf_rope_ext/changes.py SetAttributes: before: Mapping[str, Any] | None = "
+        "field(default=None, init=False) -> before: Mapping[str, Any] | None = None",
+    ),
     "The tests run on the CPU, where nothing is moved": (
         'hf_rope_ext/positions/placement.py place_visual_tokens: result = position_ids.to("cpu", '
         "torch.float64) -> result = position_ids.to(torch.float64)",

@@ -104,6 +104,15 @@ def test_every_number_of_a_site_stands_in_its_row(llama):
     assert f"max_position_embeddings {4 * TRAINED}" in lines
 
 
+def test_a_temperature_for_the_logits_is_not_in_the_rotation(llama):
+    patch_model(llama, "yarn", factor=4, temperature="logits")
+
+    (site,) = describe(llama).sites
+
+    assert site.attention_scaling == 1.0
+    assert site.logit_factor == site.effective_logit_factor == pytest.approx(1.296477, abs=1e-5)
+
+
 def test_it_says_what_a_request_is_planned_for():
     model = dynamic()
     found = greedy(model, text(1, 100), 28, return_dict_in_generate=True)

@@ -3,6 +3,7 @@
 import copy
 import math
 import pickle
+import warnings
 
 import pytest
 import torch
@@ -372,6 +373,11 @@ def test_a_placement_of_another_paper_has_to_be_trained():
     }.items():
         with pytest.warns(RopeWarning, match="is not the placement the model was trained with"):
             patch_model(zoo.build(model_type), "none", **arguments)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # the model's own grid, stretched, has not
+        patch_model(
+            zoo.build("qwen2_vl"), "none", visual_positions=VisualPositions(factor={"t": 4})
+        )
 
 
 def test_it_survives_copies_saving_and_a_second_model(tmp_path):
