@@ -19,6 +19,7 @@ from drawn_requests import (
     Reset,
     Rows,
     Session,
+    Written,
     twin_arguments,
 )
 from hypothesis import HealthCheck, example, given, reject, settings
@@ -149,8 +150,21 @@ def alone(own: Any, method: str, length: int, found: Found) -> Tensor:
     tokens = len(found.row.ids) if is_pooled else found.start + len(found.scores)
     model = own.set_length(method, length)
     with torch.no_grad():
-        scores = model(**twin_arguments(found.row, tokens)).logits[0]
+        if own.kind.counts_columns:
+            scores = _behind_prompt(model, found.row, tokens).logits[0]
+        else:
+            scores = model(**twin_arguments(found.row, tokens)).logits[0]
     return scores if is_pooled else scores[-len(found.scores) :]
+
+
+def _behind_prompt(model: Any, row: Written, tokens: int) -> Any:
+    """Run the base model on learned embeddings and a row, at the positions that the row is at."""
+    learned = model.get_prompt(batch_size=1)
+    words = model.word_embeddings(torch.tensor([row.ids[:tokens]]))
+    virtual = learned.shape[1]
+    places = [*range(virtual), *(virtual + place for place in row.places[:tokens])]
+    embeds = torch.cat((learned, words), dim=1)
+    return model.base_model(inputs_embeds=embeds, position_ids=torch.tensor([places]))
 
 
 def _require_planned(own: Patched, session: Session, reckoning: Reckoning, where: str) -> None:

@@ -143,6 +143,8 @@ class Kind:
             scores.
         windowed: Whether a layer forgets what is behind its window.
         virtual: Number of learned tokens before every prompt.
+        counts_columns: Whether positions are those of columns, padding included, whatever is
+            passed: PEFT ignores positions where its learned tokens are embeddings.
     """
 
     make: Callable[[], nn.Module]
@@ -151,6 +153,7 @@ class Kind:
     head: str = "tokens"
     windowed: bool = False
     virtual: int = 0
+    counts_columns: bool = False
 
     def build(self) -> nn.Module:
         with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
@@ -176,8 +179,12 @@ KINDS = {
     "recurrent_gemma": Kind(lambda: _from_zoo("recurrent_gemma")),
     "t5gemma": Kind(lambda: _from_zoo("t5gemma"), head="none"),
     **{
-        name: Kind(functools.partial(_adapted, name), virtual=VIRTUAL)
-        for name in ("prompt tuning", "p-tuning", "prefix tuning")
+        name: Kind(functools.partial(_adapted, name), virtual=VIRTUAL, counts_columns=are_columns)
+        for name, are_columns in {
+            "prompt tuning": True,
+            "p-tuning": True,
+            "prefix tuning": False,
+        }.items()
     },
 }
 TEXT = ("llama", "llama of one layer", "gemma3", "qwen2 with a window", "gptj")

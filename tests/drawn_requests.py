@@ -296,6 +296,7 @@ class Session:
             counts = getattr(turn, "positions", "mask") != "none" or any(
                 row.grids for row in self.rows
             )
+            counts &= not self.kind.counts_columns
             for row in self.rows:
                 row.pad = longest - len(row.ids) if self.request.side == "left" else 0
                 if not counts:  # stock counts columns

@@ -45,7 +45,7 @@ class Generate(StandIn):
         generation = Generation(
             input_ids=ids, arguments=kwargs, models=models, planners=self.planners
         )
-        with announce(generation), prompt_learning(self.model) as generation.virtual_tokens:
+        with announce(generation), prompt_learning(self.model, generation):
             return self.stock(*args, **kwargs)
 
 

@@ -11,6 +11,7 @@ from torch import nn
 
 from hf_rope_ext.changes import Change, StandIn
 from hf_rope_ext.models import host
+from hf_rope_ext.rotary.running import Generation
 
 _PASSED = "hf_rope_ext_cache"
 
@@ -42,21 +43,22 @@ def is_learned(cache: Any) -> bool:
 
 
 @contextmanager
-def prompt_learning(model: Any) -> Iterator[int]:
+def prompt_learning(model: Any, generation: Generation) -> Iterator[None]:
     """Let PEFT and the installed transformers agree on the cache while ``generate`` runs.
 
     During ``generate`` a PeftModel puts its own preparation of inputs on the base model. It looks
     for the cache by its name before transformers 5.24 only, and so would add its virtual tokens in
     every step.
 
-    Yields:
-        The number of its virtual tokens; 0 without such an adapter.
+    Args:
+        model: The model that generates.
+        generation: Its call of ``generate``, which is told of the virtual tokens.
     """
     prepare = vars(model).get(host.PREPARE_INPUTS)
     adapter = getattr(prepare, "__self__", None)
     settings: Any = getattr(adapter, "active_peft_config", None)
     if adapter is None or not getattr(settings, "is_prompt_learning", False):
-        yield 0
+        yield
         return
     name = host.cache_argument(type(model).forward)
     stock = adapter.base_model_prepare_inputs_for_generation
@@ -72,6 +74,9 @@ def prompt_learning(model: Any) -> Iterator[int]:
 
     def prepare_all(*args: Any, **kwargs: Any) -> Mapping[str, Any]:
         prepared = prepare(*args, **kwargs)
+        if prepared.get("position_ids") is None:
+            # PEFT drops the positions behind learned embeddings, and the model counts columns
+            generation.lengths = None
         passed, cache = prepared.pop(_PASSED), prepared.pop(host.PEFT_CACHE)
         if cache is not None and cache is not passed:
             _mark(cache)
@@ -79,8 +84,9 @@ def prompt_learning(model: Any) -> Iterator[int]:
 
     adapter.base_model_prepare_inputs_for_generation = prepare_base
     setattr(model, host.PREPARE_INPUTS, prepare_all)
+    generation.virtual_tokens = settings.num_virtual_tokens
     try:
-        yield settings.num_virtual_tokens
+        yield
     finally:
         adapter.base_model_prepare_inputs_for_generation = stock
         setattr(model, host.PREPARE_INPUTS, prepare)
