@@ -309,51 +309,57 @@ class Planner:
     def _grow(
         self, model: nn.Module, cache: Any, plan: CachePlan, asked: _Asked, seen: int
     ) -> None:
-        """Extend the plan of a cache and rotate its keys accordingly."""
-        generation, limit, needed = asked.generation, asked.limit, seen + asked.tokens
-        if plan.policy.on_growth == "error":
-            more = f"{max(limit or 0, needed)}"
-            if asked.positions is not None:
-                last = row_lengths(self._own_axes(asked.positions), asked.mask_after(seen)).max()
-                more += f", at positions up to {int(last) - 1}"
-            raise RopeError(
-                f"the cache was planned for {plan.capacity} tokens under {self.method}, and this "
-                f"call needs room for {more}; nothing was changed. Run the loop in "
-                f"`planned(max_length)`, fill a new cache with all tokens, or patch with "
-                f"on_growth='rerotate'."
-            )
-        if plan.unknown:
-            raise _unknown(self.method, plan.unknown)
-        assert plan.positions is not None
-        plan.positions = plan.positions[..., :seen]  # the cache may have been cropped
+        """Extend the plan of a cache and rotate its keys accordingly.
+
+        Raises:
+            RopeError: If it goes beyond the trained length, within which all plans agree, and the
+                policy forbids that or the positions of the keys are not known.
+        """
+        if plan.positions is not None:
+            plan.positions = plan.positions[..., :seen]  # the cache may have been cropped
         lengths, capacity = self._longer(plan, asked, seen)
+        is_beyond = bool((lengths > self.trained).any())
+        if is_beyond and plan.policy.on_growth == "error":
+            raise self._outgrown(plan, asked, seen)
+        if is_beyond and plan.unknown:
+            raise _unknown(self.method, plan.unknown)
         frequencies = {
             key: rotary.frequencies_at(key, lengths)
             for rotary in self.rotaries
             for key in rotary.names()
             if key in plan.frequencies
         }
-        # within the trained length all plans agree
-        if self.rotates_anew and bool((lengths > self.trained).any()):
+        if is_beyond and self.rotates_anew:
             if self.layout is None:
                 self.layout = read_layout(model, self.rotaries)
             turn_keys(host.self_attention_cache(cache), self.layout, plan, frequencies)
         plan.frequencies, plan.lengths, plan.capacity = frequencies, lengths, capacity
-        if generation is not None:
-            generation.outgrows = False
+        if asked.generation is not None:
+            asked.generation.outgrows = False
+
+    def _outgrown(self, plan: CachePlan, asked: _Asked, seen: int) -> RopeError:
+        more = f"{max(asked.limit or 0, seen + asked.tokens)}"
+        if asked.positions is not None:
+            last = row_lengths(self._own_axes(asked.positions), asked.mask_after(seen)).max()
+            more += f", at positions up to {int(last) - 1}"
+        return RopeError(
+            f"the cache was planned for {plan.capacity} tokens under {self.method}, and this call "
+            f"needs room for {more}; nothing was changed. Run the loop in `planned(max_length)`, "
+            f"fill a new cache with all tokens, or patch with on_growth='rerotate'."
+        )
 
     def _longer(self, plan: CachePlan, asked: _Asked, seen: int) -> tuple[Tensor, int]:
         """Return the row lengths and the capacity of a plan that has room for a call."""
         assert plan.lengths is not None
-        assert plan.positions is not None
         generation, limit, needed = asked.generation, asked.limit, seen + asked.tokens
         if generation is not None and generation.lengths is not None:
             lengths = generation.lengths.to(plan.lengths.device)
             return torch.maximum(lengths, plan.lengths), max(limit or 0, needed)
         positions, mask = asked.positions, asked.mask_after(seen)
         if positions is None:
-            steps = torch.arange(1, asked.tokens + 1, device=plan.positions.device)
-            positions = plan.positions[..., -1:] + steps
+            steps = torch.arange(1, asked.tokens + 1, device=plan.lengths.device)
+            held = plan.positions
+            positions = steps[None] + (seen - 1 if held is None else held[..., -1:])
         positions = self._own_axes(positions)
         now = row_lengths(positions, mask).to(plan.lengths.device)
         if limit:

@@ -41,6 +41,24 @@ def test_within_the_trained_length_a_loop_is_bit_identical_to_the_unpatched_one(
     assert request_plan(cache).factors == [1.0]
 
 
+@pytest.mark.parametrize("growth", ["rerotate", "error", "freeze"])
+@pytest.mark.parametrize("filled_by", ["patched", "unpatched"])
+def test_a_loop_grows_within_the_trained_length_whatever_the_policy(growth, filled_by):
+    """Plans within the trained length are one, and so is a cache without a plan."""
+    model, stock, ids = dynamic(on_growth=growth), tiny_llama(), text(1, TRAINED + 1)
+    with torch.no_grad():
+        first = model if filled_by == "patched" else stock
+        cache = first(ids[:, :30], use_cache=True)[CACHE]
+        found = [model(ids[:, at : at + 1], **{CACHE: cache}).logits for at in range(30, TRAINED)]
+        held = cache.layers[0].keys.clone()
+        if growth == "error" or (filled_by == "unpatched" and growth == "rerotate"):
+            reason = "planned for 64" if growth == "error" else "30 tokens that were not computed"
+            with pytest.raises(RopeError, match=reason):
+                model(ids[:, TRAINED:], **{CACHE: cache})
+    assert torch.equal(held, cache.layers[0].keys)
+    assert torch.equal(torch.cat(found, dim=1), step_by_step(stock, ids, 30)[0][:, 30:TRAINED])
+
+
 def test_outgrowing_a_plan_can_be_an_error_and_changes_nothing():
     model, ids = dynamic(on_growth="error"), text(1, 100)
     with torch.no_grad():

@@ -275,6 +275,8 @@ def chats(draw):
         ),
         # positions that leap
         Request("llama of one layer", ((10,),), (Forward(), Forward((2,), "leap"), Forward((12,)))),
+        # growth within the trained length, where all plans agree
+        Request("llama", ((10,),), (Generate(1), Forward((1,))), on_growth="error"),
         # a prefix of a longer block goes on under its plan
         Request("llama", ((6,),), (Loop(more=140), Generate(4, (4,)))),
     ],
