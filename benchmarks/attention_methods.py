@@ -12,6 +12,7 @@ every length and under every method.
 
 import argparse
 import math
+import re
 import statistics
 from pathlib import Path
 from typing import Any
@@ -62,9 +63,9 @@ def methods(names: tuple[str, ...]) -> dict[str, Method]:
 
 
 def read_parts(text: Path, tokenizer: Any) -> list[str]:
-    """Return the text that each seed has; documents start with the tokenizer's first token."""
+    """Return the text that each seed has, its documents after the tokenizer's first token."""
     words = text.read_text(encoding="utf-8")[:CHARACTERS]
-    words = words.replace("<|endoftext|>", tokenizer.bos_token)
+    words = re.sub(r"\s*<\|endoftext\|>\s*", tokenizer.bos_token, words)
     size = len(words) // SEEDS
     return [words[size * seed : size * (seed + 1)] for seed in range(SEEDS)]
 
