@@ -62,7 +62,8 @@ ROOMS: dict[str, tuple[str, str]] = {
     ),
     "sites": (
         "models/sites.py models/temperature.py",
-        "models/test_rope_config.py models/test_temperature.py patching/test_patch.py "
+        "models/test_sites.py models/test_trained_length.py models/test_rope_config.py "
+        "models/test_temperature.py patching/test_patch.py "
         "patching/test_probe.py patching/test_describe.py",
     ),
     "rotary": (
@@ -77,7 +78,10 @@ ROOMS: dict[str, tuple[str, str]] = {
     "saving": ("saving", "saving finetune/test_finetune_adapter.py"),
     "scoring": ("evals/scoring.py", "evals/test_scoring.py"),
     "statistics": ("evals/statistics.py", "evals/test_statistics.py"),
-    "measures": ("evals/measures.py", "evals/test_evals.py evals/test_compare.py"),
+    "measures": (
+        "evals/measures.py",
+        "evals/test_evals.py evals/test_compare.py evals/test_visual_documents.py",
+    ),
     "documents": ("evals/documents.py", "evals/test_documents.py"),
     "tasks": ("evals/tasks/base.py", "evals/test_documents.py"),
     "loss": ("finetune/loss.py", "finetune/test_finetune_loss.py"),

@@ -179,9 +179,10 @@ def _read_site(rotary: Rotary, label: str | None, trained_length: int | None) ->
         original_max_position_embeddings=_trained_length(rotary, scaling, trained_length),
         head_dim=_head_dim(config),
     )
-    if scaling["rope_type"] == "proportional":
+    if scaling["rope_type"] in ("proportional", "proportional (scaled)"):
         share = parameters.get("partial_rotary_factor", 1.0)
         geometry = replace(geometry, rotated_pairs=int(share * geometry.rotary_dim // 2))
+    if scaling["rope_type"] == "proportional":
         scaling = {**scaling, "rope_type": "default"}
     site = RopeSite(rotary, label, geometry, live, scaling)
     return _verify(site, live, stock)

@@ -131,3 +131,47 @@ def test_a_key_that_transformers_never_reads_is_not_dropped_in_silence():
 
     with pytest.warns(RopeWarning, match=r"attn_factor=1\.0 is dropped"):
         patch_model(model, "yarn", factor=4, replace=True)
+
+
+@pytest.mark.parametrize("kind", ["smollm3", "gemma3_text", "deepseek_v4"])
+def test_into_the_logits_leaves_layers_alone_that_are_not_extended(kind):
+    """Layers without RoPE, with a bounded window, and with other frequencies than the rest."""
+    model = zoo.build(kind)
+    attentions = [layer.self_attn for layer in model.model.layers]
+    before = [attention.scaling for attention in attentions]
+
+    patch_model(model, "yarn", factor=4, temperature="logits")
+
+    extended = {"smollm3": [0], "gemma3_text": [1], "deepseek_v4": [1, 2]}[kind]
+    for index, attention in enumerate(attentions):
+        times = SQUARED if index in extended else 1.0
+        assert attention.scaling == pytest.approx(before[index] * times), index
+    unpatch_model(model)
+    assert [attention.scaling for attention in attentions] == before
+
+
+def test_a_label_of_a_layer_is_found_by_its_number_where_the_module_does_not_say():
+    model = zoo.build("gemma3_text")
+    for layer in model.model.layers:
+        del layer.self_attn.layer_type
+    before = [layer.self_attn.scaling for layer in model.model.layers]
+
+    patch_model(model, "yarn", factor=4, temperature="logits")
+
+    found = [layer.self_attn.scaling for layer in model.model.layers]
+    assert found == [before[0], pytest.approx(before[1] * SQUARED)]
+
+
+@pytest.mark.parametrize("mscale", [0.707, 1.0])
+def test_a_built_in_softmax_scale_is_that_of_transformers(mscale):
+    pair = {"mscale": 0.5, "mscale_all_dim": mscale}
+    stock = zoo.build("deepseek_v3", lambda rope: {**rope, **YARN, **pair})
+    model = zoo.build("deepseek_v3")
+
+    with pytest.warns(RopeWarning):
+        patch_model(model, "yarn", factor=4, **pair)
+
+    expected = [layer.self_attn.scaling for layer in stock.model.layers]
+    assert expected[0] > model.model.layers[0].self_attn.qk_head_dim ** -0.5
+    found = [layer.self_attn.scaling for layer in model.model.layers]
+    assert found == pytest.approx(expected, rel=1e-12)
