@@ -69,7 +69,9 @@ def expected_logits(model, layout, rule, ids, positions=None, padding=None):
         positions = torch.arange(count).expand(rows, -1)
     if padding is None:
         padding = torch.ones_like(ids)
-    tables = [_table(rule, row.tolist()) for row in positions]
+    rows_at = [tuple(row.tolist()) for row in positions]
+    made = {places: _table(rule, places) for places in set(rows_at)}
+    tables = [made[places] for places in rows_at]
 
     def attention(module, query, key, value, mask, scaling=None, softcap=None, s_aux=None, **more):
         plain = more.get("sliding_window") is not None

@@ -5,58 +5,23 @@ from functools import cache
 
 import pytest
 import torch
-import zoo
 from attention.brute_force import FAMILIES, Rule, expected_logits
-from zoo import TRAINED
+from attention.rules import (
+    LONG,
+    TRUE,
+    chunked,
+    grouped,
+    knobs,
+    leaky,
+    mapped,
+    model_of,
+    slope,
+    streaming,
+    temperature,
+    tokens,
+)
 
 from hf_rope_ext import patch_model, planned, unpatch_model
-
-LONG = 90  # tokens, of which the models were trained on 64
-
-
-def leaky(window, slowdown):
-    return Rule(lambda m, n: m - n if m - n < window else window + (m - n - window) / slowdown)
-
-
-def grouped(group, window):
-    return Rule(
-        lambda m, n: m - n if m - n < window else m // group - n // group + window - window // group
-    )
-
-
-def chunked(chunk, limit, scale=None):
-    def distance(m, n):
-        key = n % chunk
-        if m // chunk == n // chunk:
-            return m % chunk - key
-        if m // chunk == n // chunk + 1:
-            return min(m % chunk + chunk, limit - 1) - key
-        return limit - 1 - key
-
-    return Rule(distance, scale)
-
-
-def streaming(sinks, window):
-    def distance(m, n):
-        if m - n < window:
-            return m - n
-        return min(m, sinks + window - 1) - n if n < sinks else None
-
-    return Rule(distance)
-
-
-def mapped(position):
-    return Rule(lambda m, n: position(m) - position(n))
-
-
-def slope(head, heads, m, n):
-    assert heads == 4
-    return 2.0 ** (-8 * (head + 1) / heads) * (m - n)
-
-
-def temperature(m):
-    return (0.1 * math.log(LONG / TRAINED) + 1) ** 2
-
 
 RULES = {
     ("rerope", "window=20"): Rule(lambda m, n: min(m - n, 20)),
@@ -100,15 +65,11 @@ CASES = [
 ]
 
 
-def knobs(text):
-    return {
-        name: float(v) if "." in v else int(v) for name, v in (p.split("=") for p in text.split())
-    }
-
-
 @cache
-def model_of(family):
-    return zoo.build(family).eval()
+def expected(family, *name):
+    """Logits of a definition, or of true distances; they are computed once."""
+    rule = RULES[name] if name else TRUE
+    return expected_logits(model_of(family), FAMILIES[family], rule, tokens())
 
 
 @pytest.fixture
@@ -127,36 +88,28 @@ def patched(request):
         unpatch_model(model)
 
 
-def tokens(rows=2, length=LONG):
-    generator = torch.Generator().manual_seed(0)
-    return torch.randint(5, 120, (rows, length), generator=generator)
-
-
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_oracle_at_true_distances_is_the_unpatched_model(family):
     ids = tokens(length=60)
-    found = expected_logits(model_of(family), FAMILIES[family], Rule(lambda m, n: m - n), ids)
+    found = expected_logits(model_of(family), FAMILIES[family], TRUE, ids)
     with torch.no_grad():
-        expected = model_of(family)(input_ids=ids, use_cache=False).logits
-    assert (found - expected).abs().max() < 1e-5 * expected.abs().max()
+        stock = model_of(family)(input_ids=ids, use_cache=False).logits
+    assert (found - stock).abs().max() < 1e-5 * stock.abs().max()
 
 
 @pytest.mark.parametrize(("family", "name", "own"), CASES)
 def test_logits_are_those_of_the_definition(patched, family, name, own):
-    ids = tokens()
-    expected = expected_logits(model_of(family), FAMILIES[family], RULES[name, own], ids)
-    plain = expected_logits(model_of(family), FAMILIES[family], Rule(lambda m, n: m - n), ids)
-    assert (expected - plain).abs().max() > 1e-3  # the method does something here
+    logits = expected(family, name, own)
+    assert (logits - expected(family)).abs().max() > 1e-3  # the method does something here
     model = patched(family, name, **knobs(own))
     with torch.no_grad():
-        found = model(input_ids=ids, use_cache=False).logits
-    assert (found - expected).abs().max() < 1e-4 * expected.abs().max()
+        found = model(input_ids=tokens(), use_cache=False).logits
+    assert (found - logits).abs().max() < 1e-4 * logits.abs().max()
 
 
 @pytest.mark.parametrize(("family", "name", "own"), CASES)
 def test_cached_logits_are_those_of_the_definition(patched, family, name, own):
-    ids = tokens()
-    expected = expected_logits(model_of(family), FAMILIES[family], RULES[name, own], ids)
+    ids, logits = tokens(), expected(family, name, own)
     model = patched(family, name, **knobs(own))
     found, held = [], None
     with torch.no_grad(), planned(LONG):
@@ -164,4 +117,4 @@ def test_cached_logits_are_those_of_the_definition(patched, family, name, own):
             output = model(input_ids=ids[:, start:stop], cache=held, use_cache=True)
             held = output.cache
             found.append(output.logits)
-    assert (torch.cat(found, 1) - expected).abs().max() < 1e-4 * expected.abs().max()
+    assert (torch.cat(found, 1) - logits).abs().max() < 1e-4 * logits.abs().max()
