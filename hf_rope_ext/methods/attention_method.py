@@ -133,10 +133,6 @@ class AttentionMethod(AttentionSide):
         """Return the base that each pair's gain is a power of, ``(pairs,)``, if it has one."""
         return None
 
-    def unseen_after(self) -> tuple[int, int] | None:
-        """Return how many first and last keys are ever seen; None for all."""
-        return None
-
 
 class ScoreScale(AttentionSide):
     """A factor on the scores of each query."""

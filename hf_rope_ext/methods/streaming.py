@@ -24,7 +24,7 @@ class Streaming(AttentionMethod):
 
     A query sees the first ``sinks`` keys and the last ``window``, its own among them, at their
     distances among the keys it sees. Text of any length keeps its fluency; what lies between is
-    forgotten. A growing cache drops the keys that no later query sees.
+    forgotten. A cache still holds the keys between.
 
     Args:
         method: The method whose frequencies it rotates by.
