@@ -162,7 +162,7 @@ def _behind_prompt(model: Any, row: Written, tokens: int) -> Any:
     learned = model.get_prompt(batch_size=1)
     words = model.word_embeddings(torch.tensor([row.ids[:tokens]]))
     virtual = learned.shape[1]
-    places = [*range(virtual), *(virtual + place for place in row.places[:tokens])]
+    places = [*range(virtual), *(virtual + place for place, *_ in row.places[:tokens])]
     embeds = torch.cat((learned, words), dim=1)
     return model.base_model(inputs_embeds=embeds, position_ids=torch.tensor([places]))
 

@@ -38,7 +38,7 @@ from hf_rope_ext.rotary.axes import read_axes
 
 TRAINED = 16
 """Trained length of every model, in positions."""
-IMAGE, START, END = 6, 5, 9  # as `zoo` configures its models
+IMAGE, VIDEO, START, END = 6, 7, 5, 9  # as `zoo` configures its models
 SPECIAL = [*range(3, 10)]  # tokens that no text holds, and `generate` shall not write
 WORDS = range(10, 60)
 LLAVA_TOKENS = 4
@@ -139,6 +139,11 @@ class Kind:
             exact, since what it caches depends on no other layer.
         images: ``"grid"`` where an image takes positions along rows and columns, ``"tokens"`` where
             each of its tokens takes one; None where it takes no images.
+        video: ``"whole"`` where a video is one span of tokens, ``"frames"`` where each frame is
+            one; None where it is shown no videos.
+        interval: Positions between the frames of a video that is one span.
+        same_token: Whether frames are written with the token of images, so that a prompt holds
+            either.
         head: What it says: ``"tokens"`` for scores of every token, ``"pooled"`` for one row of
             scores.
         windowed: Whether a layer forgets what is behind its window.
@@ -150,6 +155,9 @@ class Kind:
     make: Callable[[], nn.Module]
     layers: int = 2
     images: str | None = None
+    video: str | None = None
+    interval: int = 1
+    same_token: bool = False
     head: str = "tokens"
     windowed: bool = False
     virtual: int = 0
@@ -171,9 +179,10 @@ KINDS = {
     "classifier": Kind(
         lambda: LlamaForSequenceClassification(_llama_config(num_labels=5)), head="pooled"
     ),
-    "qwen2_vl": Kind(lambda: _from_zoo("qwen2_vl"), images="grid"),
-    "qwen2_5_vl": Kind(lambda: _from_zoo("qwen2_5_vl"), images="grid"),
-    "qwen3_vl": Kind(lambda: _from_zoo("qwen3_vl"), images="grid"),
+    "qwen2_vl": Kind(lambda: _from_zoo("qwen2_vl"), images="grid", video="whole"),
+    "qwen2_5_vl": Kind(lambda: _from_zoo("qwen2_5_vl"), images="grid", video="whole", interval=4),
+    "qwen3_vl": Kind(lambda: _from_zoo("qwen3_vl"), images="grid", video="frames"),
+    "glm4v": Kind(lambda: _from_zoo("glm4v"), images="grid", video="frames", same_token=True),
     "llava": Kind(_llava, layers=1, images="tokens"),
     # a rotary embedding in each layer
     "recurrent_gemma": Kind(lambda: _from_zoo("recurrent_gemma")),

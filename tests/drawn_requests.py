@@ -7,7 +7,7 @@ refused.
 """
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,6 +21,7 @@ from drawn_models import (
     SPECIAL,
     START,
     TRAINED,
+    VIDEO,
     WORDS,
     Kind,
 )
@@ -41,9 +42,28 @@ class Image:
     rows: int = 2
     columns: int = 4
 
+    @property
+    def size(self) -> int:
+        """Tokens that it takes at most, with those around it."""
+        return 2 + self.rows * self.columns
 
-Parts = tuple[int | Image, ...]
-"""A text: numbers of words, and images between them."""
+
+@dataclass(frozen=True)
+class Video:
+    """A video, in frames, and tokens along their sides."""
+
+    frames: int = 3
+    rows: int = 2
+    columns: int = 2
+
+    @property
+    def size(self) -> int:
+        """Tokens that it takes at most, with those around its frames."""
+        return self.frames * (2 + self.rows * self.columns)
+
+
+Parts = tuple[int | Image | Video, ...]
+"""A text: numbers of words, and images and videos between them."""
 
 
 @dataclass(frozen=True)
@@ -170,24 +190,48 @@ class Written:
     """A row as far as it is written: its own tokens, without padding."""
 
     seed: int
-    is_grid: bool
+    model: Kind
     ids: list[int] = field(default_factory=list)
     kinds: list[int] = field(default_factory=list)
-    places: list[int] = field(default_factory=list)
+    places: list[tuple[int, int, int]] = field(default_factory=list)  # time, row, column
     next: int = 0
     pad: int = 0
+    offset: int | None = None  # of positions from tokens, as the model notes it of a prompt
     pixels: list[Tensor] = field(default_factory=list)
     grids: list[tuple[int, int, int]] = field(default_factory=list)
+    frames: list[Tensor] = field(default_factory=list)
+    videos: list[tuple[int, int, int]] = field(default_factory=list)
 
     def add(self, parts: Parts) -> None:
         for part in parts:
             generator = torch.Generator().manual_seed(1000 * self.seed + len(self.ids))
             if isinstance(part, int):
                 self._tokens(_words(part, generator))
-                continue
-            self._tokens([START])
-            self._image(part, generator)
-            self._tokens([END])
+            elif isinstance(part, Video):
+                self._video(part, generator)
+            else:
+                self._tokens([START])
+                self._image(part, generator)
+                self._tokens([END])
+
+    def count_on(self) -> None:
+        """Go on behind what is written, as the model does in a later call."""
+        if self.offset is not None:
+            self.next = len(self.ids) + self.offset
+
+    @property
+    def is_grid(self) -> bool:
+        return self.model.images == "grid"
+
+    @property
+    def is_placed(self) -> bool:
+        """Whether images or videos take positions along a grid."""
+        return bool(self.grids or self.videos)
+
+    @property
+    def longest(self) -> int:
+        """Its largest position + 1."""
+        return max((max(place) for place in self.places), default=-1) + 1
 
     def leap(self, places: int) -> None:
         self.next += places
@@ -196,7 +240,7 @@ class Written:
         """Keep the first tokens."""
         self.ids, self.kinds = self.ids[:tokens], self.kinds[:tokens]
         self.places = self.places[:tokens]
-        self.next = self.places[-1] + 1 if self.places else 0
+        self.next = self.places[-1][0] + 1 if self.places else 0
 
     def append(self, token: int) -> None:
         self._tokens([token])
@@ -204,12 +248,13 @@ class Written:
     @property
     def by_hand(self) -> bool:
         """Whether its positions are others than those that the model would count."""
-        return not self.grids and self.places != list(range(len(self.places)))
+        counted = [(place, place, place) for place in range(len(self.places))]
+        return bool(self.videos) or (not self.grids and self.places != counted)
 
     def _tokens(self, ids: list[int]) -> None:
         self.ids += ids
         self.kinds += [0] * len(ids)
-        self.places += range(self.next, self.next + len(ids))
+        self.places += [(place,) * 3 for place in range(self.next, self.next + len(ids))]
         self.next += len(ids)
 
     def _image(self, image: Image, generator: torch.Generator) -> None:
@@ -218,13 +263,35 @@ class Written:
             self.kinds[-LLAVA_TOKENS:] = [1] * LLAVA_TOKENS
             self.pixels.append(torch.randn(3, 16, 16, generator=generator))
             return
-        tokens = image.rows * image.columns
-        self.ids += [IMAGE] * tokens
-        self.kinds += [1] * tokens
-        self.places += [self.next] * tokens  # of no use: rows with images are counted by the model
-        self.next += max(image.rows, image.columns)
+        self._grid(IMAGE, 1, (0,), image.rows, image.columns)
         self.grids.append((1, 2 * image.rows, 2 * image.columns))
-        self.pixels.append(torch.randn(4 * tokens, 3 * 2 * 16 * 16, generator=generator))
+        self.pixels.append(_patches(image.rows * image.columns, generator))
+
+    def _video(self, video: Video, generator: torch.Generator) -> None:
+        times = tuple(range(0, video.frames * self.model.interval, self.model.interval))
+        token = IMAGE if self.model.same_token else VIDEO
+        for span in [times] if self.model.video == "whole" else [(0,)] * video.frames:
+            self._tokens([START])
+            self._grid(token, 2, span, video.rows, video.columns)
+            self._tokens([END])
+        self.videos.append((video.frames, 2 * video.rows, 2 * video.columns))
+        self.frames.append(_patches(video.frames * video.rows * video.columns, generator))
+
+    def _grid(self, token: int, kind: int, times: Sequence[int], rows: int, columns: int) -> None:
+        places = [
+            (self.next + time, self.next + row, self.next + column)
+            for time in times
+            for row in range(rows)
+            for column in range(columns)
+        ]
+        self.ids += [token] * len(places)
+        self.kinds += [kind] * len(places)
+        self.places += places
+        self.next += max(rows, columns)  # however long a video is
+
+
+def _patches(tokens: int, generator: torch.Generator) -> Tensor:
+    return torch.randn(4 * tokens, 3 * 2 * 16 * 16, generator=generator)
 
 
 def _words(count: int, generator: torch.Generator) -> list[int]:
@@ -268,10 +335,10 @@ class Session:
     ) -> None:
         self.model, self.request, self.drafting, self.judge = model, request, drafting, judge
         self.kind: Kind = KINDS[request.kind]
-        self.rows = [Written(seed, self.kind.images == "grid") for seed in range(len(request.rows))]
+        self.rows = [Written(seed, self.kind) for seed in range(len(request.rows))]
         self.cache: Any = None
         self.cached = 0
-        self.shown = 0  # images of each row that the cache holds
+        self.shown = 0  # images and videos of each row that the cache holds
         self.is_first = True
         self.shows_again = False  # whether earlier images are passed again
 
@@ -288,19 +355,22 @@ class Session:
         ):
             if isinstance(turn, Forward) and turn.positions == "leap":
                 row.leap(LEAP)
-            if isinstance(turn, Generate) and not row.grids:
+            if isinstance(turn, Generate) and not row.is_placed:
                 row.next = len(row.ids)
+            row.count_on()
             row.add(parts)
+            if row.is_placed and row.offset is None:
+                row.offset = row.longest - len(row.ids)
         if self.is_first:
             longest = max(len(row.ids) for row in self.rows)
             counts = getattr(turn, "positions", "mask") != "none" or any(
-                row.grids for row in self.rows
+                row.is_placed for row in self.rows
             )
             counts &= not self.kind.counts_columns
             for row in self.rows:
                 row.pad = longest - len(row.ids) if self.request.side == "left" else 0
                 if not counts:  # stock counts columns
-                    row.places = [place + row.pad for place in row.places]
+                    row.places = [(place[0] + row.pad,) * 3 for place in row.places]
                     row.next += row.pad
             self.cache = self._new_cache(longest)
         self.is_first = False
@@ -317,7 +387,7 @@ class Session:
             return []
         if self.cache is not None:
             self.cached = int(self.cache.get_seq_length())
-        self.shown = len(self.rows[0].pixels)
+        self.shown = len(self.rows[0].pixels) + len(self.rows[0].frames)
         return found
 
     def _new_cache(self, longest: int) -> Any:
@@ -332,7 +402,7 @@ class Session:
     def size(self) -> int:
         """Tokens that a static cache has room for."""
         longest = max(
-            sum(part if isinstance(part, int) else 2 + part.rows * part.columns for part in parts)
+            sum(part if isinstance(part, int) else part.size for part in parts)
             for parts in self.request.rows
         )
         later = sum(
@@ -363,17 +433,22 @@ class Session:
         """The images of each row from number ``first`` on, as the model takes them."""
         given: dict[str, Any] = {}
         pixels = [image for row in self.rows for image in row.pixels[first:]]
-        if not pixels:
-            return given
+        frames = [video for row in self.rows for video in row.frames[first:]]
         if not self.rows[0].is_grid:
-            return {"pixel_values": torch.stack(pixels)}
-        grids = [grid for row in self.rows for grid in row.grids[0 if whole else first :]]
-        kinds = [self._line(row.kinds, row.pad, 0) for row in self.rows]
-        return {
-            "pixel_values": torch.cat(pixels),
-            "image_grid_thw": torch.tensor(grids),
-            "mm_token_type_ids": torch.tensor(kinds),
-        }
+            return {"pixel_values": torch.stack(pixels)} if pixels else {}
+        start = 0 if whole else first
+        if pixels:
+            given["pixel_values"] = torch.cat(pixels)
+            grids = [grid for row in self.rows for grid in row.grids[start:]]
+            given["image_grid_thw"] = torch.tensor(grids)
+        if frames:
+            given["pixel_values_videos"] = torch.cat(frames)
+            grids = [grid for row in self.rows for grid in row.videos[start:]]
+            given["video_grid_thw"] = torch.tensor(grids)
+        if given:
+            kinds = [self._line(row.kinds, row.pad, 0) for row in self.rows]
+            given["mm_token_type_ids"] = torch.tensor(kinds)
+        return given
 
     def _given(self, ids: Tensor, embeds: bool) -> dict[str, Any]:
         if embeds:
@@ -453,6 +528,8 @@ class Session:
             for first in range(0, self.width, chunk):
                 last = min(first + chunk, self.width)
                 found.append(self._piece(turn, first, last))
+            for row in self.rows:
+                row.count_on()
             for _ in range(turn.steps):
                 for row, own in zip(self.rows, found[-1], strict=True):
                     row.append(int(own.scores[-1].argmax()))
@@ -468,9 +545,13 @@ class Session:
         return self._call(given, first)
 
     def _places(self, positions: str, first: int, last: int) -> dict[str, Any]:
-        if positions == "none" or any(row.grids for row in self.rows):
+        if positions == "none" or any(row.is_placed for row in self.rows):
             return {}
-        lines = [self._line(row.places, row.pad, 0)[first:last] for row in self.rows]
+        places = [[place[0] for place in row.places] for row in self.rows]
+        lines = [
+            self._line(own, row.pad, 0)[first:last]
+            for own, row in zip(places, self.rows, strict=True)
+        ]
         return {"position_ids": torch.tensor(lines)}
 
     def _call(self, given: dict[str, Any], first: int, as_tuple: bool = False) -> list[Found]:
@@ -505,7 +586,7 @@ class Session:
     def _change(self, turn: Crop | Rows | Reset) -> None:
         if isinstance(turn, Reset):
             self.cache.reset()
-            self.rows = [Written(row.seed + 50, row.is_grid) for row in self.rows]
+            self.rows = [Written(row.seed + 50, row.model) for row in self.rows]
             self.cached = self.shown = 0
             return
         if isinstance(turn, Crop):
@@ -572,7 +653,9 @@ class Reckoning:
         to_come = {Generate: "new", Loop: "steps"}.get(type(turn))
         ahead = getattr(turn, to_come) if to_come else 0
         ahead += getattr(turn, "more", 0) + session.kind.virtual
-        final = [row.next + ahead for row in session.rows]
+        # behind a video, `generate` goes on from the last token, and a loop from the last frame
+        ends = [row.longest if isinstance(turn, Loop) else row.next for row in session.rows]
+        final = [max(row.longest, end + ahead) for row, end in zip(session.rows, ends, strict=True)]
         request, chunk = session.request, getattr(turn, "chunk", None)
         if chunk is not None and any(row.pad >= chunk for row in session.rows):
             self.refuses = "the first chunk of a row is padding"
@@ -589,7 +672,7 @@ class Reckoning:
             # the tokens that the plan has room for would go beyond it, so it may grow already
             self.refuses = "positions leap"
             self.may_exceed, self.is_exact = True, self.is_exact and session.kind.layers == 1
-        self.has_content |= any(row.pixels or row.by_hand for row in session.rows)
+        self.has_content |= any(row.pixels or row.frames or row.by_hand for row in session.rows)
         self.has_content |= getattr(turn, "embeds", False)
         assert self.lengths is not None
         beyond = [length > TRAINED for length in self.lengths]
@@ -639,12 +722,14 @@ def twin_arguments(row: Written, tokens: int) -> dict[str, Any]:
     if row.pixels:
         pixels = torch.cat(row.pixels) if row.is_grid else torch.stack(row.pixels)
         given["pixel_values"] = pixels
+    if row.frames:
+        given["pixel_values_videos"] = torch.cat(row.frames)
+        given["video_grid_thw"] = torch.tensor(row.videos)
     if row.grids:
-        given |= {
-            "image_grid_thw": torch.tensor(row.grids),
-            "mm_token_type_ids": torch.tensor([row.kinds[:tokens]]),
-        }
-    elif row.by_hand:
-        places = torch.tensor([row.places[:tokens]])
-        given["position_ids"] = places.expand(3, 1, -1) if row.is_grid else places
+        given["image_grid_thw"] = torch.tensor(row.grids)
+    if row.is_placed:
+        given["mm_token_type_ids"] = torch.tensor([row.kinds[:tokens]])
+    if row.by_hand:
+        places = torch.tensor(row.places[:tokens]).T[:, None]
+        given["position_ids"] = places if row.is_grid else places[0]
     return given

@@ -256,7 +256,8 @@ def _final_lengths(
         positions = positions[-axes:]
     if mask is not None and mask.shape[-1] != positions.shape[-1]:
         mask = None
-    return row_lengths(positions, mask, new_tokens + generation.virtual_tokens)
+    ahead = new_tokens + generation.virtual_tokens
+    return row_lengths(positions, mask, ahead, from_last=True)
 
 
 def _agree(plan: CachePlan, positions: Tensor, mask: Tensor | None, seen: int) -> bool:

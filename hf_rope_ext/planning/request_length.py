@@ -118,7 +118,9 @@ def request_length(model: nn.Module, *, max_new_tokens: int = 0, **inputs: Any) 
     elif positions.dim() == 2:
         positions = positions[None]
     # Qwen3-VL puts a row in front of its axes, a running count that builds masks
-    by_axis = [row_lengths(own, mask, max_new_tokens) for own in positions[-len(axes) :]]
+    by_axis = [
+        row_lengths(own, mask, max_new_tokens, from_last=True) for own in positions[-len(axes) :]
+    ]
     largest = [int(lengths.max()) - 1 for lengths in by_axis]
     largest = largest * (len(axes) // len(largest))  # one axis of text stands for all
     return RequestLength(

@@ -177,15 +177,19 @@ def request_plan(held: Any) -> RequestPlan | None:
     return None if plan is None or plan.lengths is None else plan.report()
 
 
-def row_lengths(position_ids: Tensor, mask: Tensor | None = None, ahead: int = 0) -> Tensor:
+def row_lengths(
+    position_ids: Tensor, mask: Tensor | None = None, ahead: int = 0, *, from_last: bool = False
+) -> Tensor:
     """Return the final length of each row, in positions: the one rule for every kind of request.
 
     Args:
         position_ids: ``(batch or 1, seq)``, or ``(axes, batch or 1, seq)`` for M-RoPE, where the
             length is the largest position over all axes.
         mask: Which tokens count, ``(batch, seq)``, nonzero for all but padding; None if all do.
-        ahead: Number of tokens to come. Each continues from the one before it, even where an
-            earlier one has a larger position.
+        ahead: Number of tokens to come.
+        from_last: Whether these continue from the last token, as in ``generate``, even where an
+            earlier one has a larger position. A model that counts them itself continues from the
+            largest one, which is that of a frame where a long video stands near the end.
 
     Returns:
         Float64 (float32 where the device has no float64), shape ``(batch, 1, 1)``.
@@ -195,12 +199,11 @@ def row_lengths(position_ids: Tensor, mask: Tensor | None = None, ahead: int = 0
     places = position_ids.ceil().to(precise)
     if places.ndim == 3:
         places = places.amax(dim=0)
-    if mask is None:
-        longest, last = places.amax(dim=-1), places[..., -1]
-    else:
-        counts = mask.to(places.device) != 0
-        places = places.masked_fill(~counts, -1.0)
-        longest = places.amax(dim=-1)
+    counts = torch.ones_like(places[:1]) if mask is None else mask.to(places.device) != 0
+    places = places.masked_fill(counts == 0, -1.0)
+    longest = last = places.amax(dim=-1)
+    if from_last:
         order = torch.arange(1, counts.shape[-1] + 1, device=places.device)
-        last = places.gather(-1, (counts * order).argmax(dim=-1, keepdim=True))[..., 0]
+        index = (counts * order).argmax(dim=-1, keepdim=True).expand(len(places), 1)
+        last = places.gather(-1, index)[..., 0]
     return (torch.maximum(longest, last + ahead) + 1).reshape(-1, 1, 1)

@@ -8,6 +8,7 @@ import threading
 import pytest
 import torch
 import zoo
+import zoo_images
 from conftest import TRAINED, logits, relative, tiny_llama
 from decoding import CACHE, dynamic, frozen, greedy, step_by_step, text
 from transformers import (
@@ -342,3 +343,22 @@ def test_a_cache_with_positions_of_its_own_is_not_filled_again_from_ids():
 
     assert torch.equal(cache.layers[0].keys[:, :, :40], keys)
     assert request_plan(cache).lengths.item() == 20
+
+
+@pytest.mark.filterwarnings("ignore:Qwen2.5-VL's model card advises against YaRN")
+def test_a_loop_behind_a_long_video_is_planned_for_the_positions_that_it_reaches():
+    """The model counts on from its last frame, which is further than the text behind it."""
+    model = dynamic(model=zoo.build("qwen2_5_vl"))
+    inputs = zoo_images.image_inputs(model, words=2)
+    ids, more, reached = inputs["input_ids"], 40, []
+    text_model = model.model.language_model
+    text_model.register_forward_pre_hook(
+        lambda module, args, given: reached.append(int(given["position_ids"].max())),
+        with_kwargs=True,
+    )
+    with torch.no_grad(), planned(ids.shape[1] + more):
+        cache = model(**inputs, use_cache=True)[CACHE]
+        for token in range(10, 10 + more):
+            model(torch.tensor([[token]]), **{CACHE: cache})
+    assert reached[0] + more == reached[-1] > TRAINED
+    assert request_plan(cache).lengths.tolist() == [reached[-1] + 1]
