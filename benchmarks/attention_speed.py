@@ -1,7 +1,7 @@
 """What attention-side methods cost beside plain SDPA: prefill, decoding, peak memory.
 
 Time is that of this process's CPU, and the two sides take turns; peak memory is that of a process
-of its own for each. Run it as ``python benchmarks/attention.py``.
+of its own for each. Run it as ``python benchmarks/attention_speed.py``.
 """
 
 import argparse
