@@ -85,7 +85,7 @@ def alibi_slopes(heads: int) -> Tensor:
     require_integer("heads", heads, 1)
     power = 1 << (heads.bit_length() - 1)
     exponents = torch.arange(1, power + 1, dtype=torch.float64) * (8 / power)
-    between = torch.arange(1, 2 * (heads - power), 2, dtype=torch.float64) * (4 / power)
+    between = (2 * torch.arange(heads - power, dtype=torch.float64) + 1) * (4 / power)
     return torch.exp2(-torch.cat((exponents, between)))
 
 

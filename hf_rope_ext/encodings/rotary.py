@@ -118,7 +118,7 @@ def xpos_scales(
     """Return what xPos multiplies queries by, and divides keys by, after RoPE.
 
     ``zeta_i ** (position / scale_base)`` for pair i of ``dim / 2``, with ``zeta_i = (2 * i / dim +
-    gamma) / (1 + gamma)`` (Sun et al., 2022, arXiv:2212.10554, sec. 3.2 and algorithm 1). A score
+    gamma) / (1 + gamma)`` (Sun et al., 2022, arXiv:2212.10554, algorithm 1). A score
     of distance n then has ``zeta_i ** (n / scale_base)`` on its i-th pair: fast pairs fade out with
     distance. Keys ahead of the query would be enlarged, so attention must be causal.
 
