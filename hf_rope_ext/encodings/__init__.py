@@ -1,4 +1,4 @@
-"""Encodings of position side by side, as pure functions on tensors; docs/rope.md explains them.
+"""Encodings of position side by side, as pure functions on tensors.
 
 References to read and to test against. They need torch alone, know no model and keep no state.
 Positions and distances are counted in tokens; queries and keys are ``(..., seq, head_dim)``.
