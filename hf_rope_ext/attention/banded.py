@@ -1,7 +1,7 @@
 """The attention that a model with an attention-side method computes, as transformers calls it."""
 
 import threading
-from collections.abc import Hashable, Iterator
+from collections.abc import Hashable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -83,47 +83,69 @@ def banded_attention(
         ``(batch, queries, heads, value_dim)`` and None.
 
     Raises:
-        RopeError: If the positions of the keys are not known.
+        RopeError: If the positions of the keys are not known, or the call asks for what bands
+            have not.
     """
-    from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
     if OBSERVED.notes is not None:
-        if kwargs.get("sliding_window") is None and query.shape[2] == 1:
-            for name, states in (("query", query), ("key", key)):
-                OBSERVED.notes[module, name] = states.reshape(-1, states.shape[-1]).float().cpu()
-        value = value[:, :, -1:]
-        return repeat_kv(value, query.shape[1] // value.shape[1]).transpose(1, 2), None
+        return _note(module, query, key, value, **kwargs), None
     bound: Bound | None = getattr(module, BOUND, None)
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
-    tokens, own = key.shape[2], query.shape[2]
     if bound is None:
-        is_plain = attention_mask is None and own not in (1, tokens)
-        if softcap is None and s_aux is None and not is_plain and _is_whole(attention_mask):
+        follows = attention_mask is None and query.shape[2] not in (1, key.shape[2])
+        is_stock = softcap is None and s_aux is None and not follows
+        if is_stock and (attention_mask is None or attention_mask.ndim == 4):
             return sdpa_attention_forward(  # type: ignore[no-any-return]
                 module, query, key, value, attention_mask, dropout, scaling, **kwargs
             )
-        view = _plain_view(module, query, tokens, attention_mask)
+        view = _plain_view(module, query, key.shape[2], attention_mask)
     else:
-        call = innermost(RUNNING.call, bound.rotary.planner)
-        if call is None:
-            raise RopeError(
-                f"{type(module).__name__} was called outside its text model, so the positions of "
-                f"its tokens are not known; call the model."
-            )
-        view = view_of(bound, call, attention_mask, tokens, query.shape[1])
+        _require_served(module, bound, kwargs)
+        call: Any = innermost(RUNNING.call, bound.rotary.planner)
+        view = view_of(bound, call, attention_mask, key.shape[2], query.shape[1])
     out = attend(
-        view,
-        query,
-        key,
-        value,
-        scaling=scaling,
-        dropout=dropout,
-        softcap=softcap,
-        sinks=s_aux,
+        view, query, key, value, scaling=scaling, dropout=dropout, softcap=softcap, sinks=s_aux
     )
     if OBSERVED.poisoned and bound is not None:
         out = out * torch.nan
     return out.transpose(1, 2).contiguous(), None
+
+
+def _note(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, **kwargs: Any) -> Tensor:
+    """Note the queries and keys of single tokens, which see themselves alone; return values."""
+    from transformers.integrations.sdpa_attention import repeat_kv
+
+    assert OBSERVED.notes is not None
+    if kwargs.get("sliding_window") is None and query.shape[2] == 1:
+        for name, states in (("query", query), ("key", key)):
+            OBSERVED.notes[module, name] = states.reshape(-1, states.shape[-1]).float().cpu()
+    own = value[:, :, -1:]
+    out: Tensor = repeat_kv(own, query.shape[1] // own.shape[1])
+    return out.transpose(1, 2)
+
+
+def _require_served(module: nn.Module, bound: Bound, asked: Mapping[str, Any]) -> None:
+    """Check that a call can be served by bands.
+
+    Raises:
+        RopeError: If it asks for the weights or for later tokens, or comes from outside its model.
+    """
+    if asked.get("output_attentions"):
+        raise RopeError(
+            "output_attentions: the attention of a method that changes it is computed in blocks "
+            "and keeps no weights; unpatch the model to look at them."
+        )
+    if asked.get("is_causal") is False:
+        raise RopeError(
+            "is_causal=False: distances are back from a query, and there are none to later tokens; "
+            "unpatch the model, or patch it with a method that changes frequencies."
+        )
+    if innermost(RUNNING.call, bound.rotary.planner) is None:
+        raise RopeError(
+            f"{type(module).__name__} was called outside its text model, so the positions of its "
+            f"tokens are not known; call the model."
+        )
 
 
 def banded_mask(
@@ -157,17 +179,16 @@ def banded_mask(
     Returns:
         None for causal without padding; ``(batch, keys)`` with it; else as SDPA's.
     """
-    if host.is_plain_causal(mask_function) and allow_is_causal_skip and local_size is None:
-        if attention_mask is None or kv_offset:
-            if not kv_offset:
-                return None
-        else:
-            held = attention_mask[:, :kv_length].bool()
-            missing = kv_length - held.shape[1]
-            held = torch.nn.functional.pad(held, (0, missing))
-            if missing or torch.compiler.is_compiling():
-                return held
-            return None if bool(held.all()) else held
+    is_plain = host.is_plain_causal(mask_function) and local_size is None
+    if is_plain and allow_is_causal_skip and not kv_offset:
+        if attention_mask is None:
+            return None
+        held = attention_mask[:, :kv_length].bool()
+        missing = kv_length - held.shape[1]
+        held = torch.nn.functional.pad(held, (0, missing))
+        if missing or torch.compiler.is_compiling():
+            return held
+        return None if bool(held.all()) else held
     return host.sdpa_mask(
         batch_size=batch_size,
         q_length=q_length,
@@ -180,11 +201,6 @@ def banded_mask(
         allow_is_causal_skip=allow_is_causal_skip,
         **kwargs,
     )
-
-
-def _is_whole(mask: Tensor | None) -> bool:
-    """Return whether a mask is one that SDPA takes."""
-    return mask is None or mask.ndim == 4
 
 
 def _plain_view(module: nn.Module, query: Tensor, tokens: int, mask: Tensor | None) -> View:

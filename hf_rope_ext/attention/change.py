@@ -22,6 +22,7 @@ from hf_rope_ext.models import host
 from hf_rope_ext.models.smallest_call import arguments_for
 from hf_rope_ext.rotary.extended import ExtendedRotary
 from hf_rope_ext.rotary.pairs import PairReader, PairRotation
+from hf_rope_ext.rotary.running import Generation, announce
 
 
 class BandedAttention:
@@ -57,9 +58,13 @@ class BandedAttention:
 
     def revert(self) -> None:
         """Put the model's own attention back."""
-        revert_all(self.bounds)
+        revert_all([*self.names, *self.bounds])
         self.bounds = []
-        revert_all(self.names)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Make the attention known in the process that a patched model is unpickled in."""
+        self.__dict__.update(state)
+        host.register_attention(NAME, banded_attention, banded_mask)
 
     def prove(self) -> None:
         """Check that the scores of the bands reach the model's output.
@@ -67,7 +72,11 @@ class BandedAttention:
         Raises:
             ProbeError: If they do not.
         """
-        with torch.no_grad(), torch.random.fork_rng(devices=[]), poisoned():
+        # outside any request, and not compiled: nothing else would see the NaN
+        nothing = announce(Generation(reports=False))
+        eagerly = torch.compiler.set_stance("force_eager")
+        untouched = torch.random.fork_rng(devices=[])
+        with nothing, eagerly, untouched, torch.no_grad(), poisoned():
             output = self.model(**arguments_for(self.model, self._device())[0])
         if not bool(output[0].isnan().any()):
             raise ProbeError(

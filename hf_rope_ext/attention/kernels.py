@@ -246,15 +246,16 @@ def _written_out(
             if added is not None:
                 own = own + added
             scores = torch.where(view.allowed(part, rows, keys), own, scores)
+        # a query that sees no key, which is padding, has no weights and no gradient
+        is_empty = ~(scores > -torch.inf).any(dim=-1, keepdim=True)
+        scores = scores.masked_fill(is_empty, 0.0)
         if sinks is not None:
             sink = sinks.float().reshape(1, -1, 1, 1).expand(*scores.shape[:3], 1)
             weights = torch.cat((scores, sink), dim=-1).softmax(dim=-1)[..., :-1]
         else:
             weights = scores.softmax(dim=-1)
-        # a query that sees no key, which is padding, has no weights
-        weights = weights.masked_fill(~(scores > -torch.inf).any(-1, keepdim=True), 0.0)
-        weights = functional.dropout(weights, dropout).to(value.dtype)
-        return weights @ value[:, :, keys]
+        weights = functional.dropout(weights.masked_fill(is_empty, 0.0), dropout)
+        return weights.to(value.dtype) @ value[:, :, keys]
 
     count, tokens = query.shape[2], key.shape[2]
     if torch.compiler.is_compiling():

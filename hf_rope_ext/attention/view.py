@@ -135,7 +135,7 @@ class View:
             total = self.mask[:, :, rows, keys]
         if self.slopes is not None:
             distance = self.query[:, None, rows, None] - self.key[:, None, None, keys]
-            bias = -self.slopes.to(distance.device)[:, None, None] * distance
+            bias = (-self.slopes.to(distance.device)[:, None, None] * distance).float()
             total = bias if total is None else total + bias
         return total
 
@@ -188,10 +188,8 @@ def _view(bound: Bound, call: Call, mask: Tensor | None, tokens: int, heads: int
     trained = geometry.original_max_position_embeddings
     assert call.plan.lengths is not None
     length = rotation.policy.round_up(call.plan.lengths.to(query.device).double(), trained)
-    own = query  # of padding, which is wherever it is
-    if mask is not None and mask.ndim == 2:
-        key = key.masked_fill(~mask, -1.0) if _is_left(mask) else key
-        mask = None if _is_left(mask) else mask
+    if mask is not None and mask.ndim == 2 and _is_left(mask):
+        key, mask = key.masked_fill(~mask, -1.0), None  # no band begins before position 0
     asked = Distances(query, key.clamp(min=0.0), trained, length[:, 0])
     inv_freq, _ = bound.rotary.plan(label, None)
     inv_freq = call.plan.frequencies.get(bound.query.key, (inv_freq, 1.0))[0].to(query.device)
@@ -204,7 +202,7 @@ def _view(bound: Bound, call: Call, mask: Tensor | None, tokens: int, heads: int
     parts = []
     for band in rules.bands(asked):
         turns = (
-            bound.turners[0].turn(_step(band.query, own), inv_freq, band.query_gain, decay),
+            bound.turners[0].turn(_step(band.query, query), inv_freq, band.query_gain, decay),
             bound.turners[1].turn(_step(band.key, asked.key), inv_freq, band.key_gain, decay),
         )
         parts.append(Part(*_slots(band, query, key, causal, rises), *turns))

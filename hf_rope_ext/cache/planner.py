@@ -7,13 +7,13 @@ attributes of the patched model, not of its class.
 
 import inspect
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from hf_rope_ext.attention.change import BandedAttention
+from hf_rope_ext.cache.asked import Asked, shape_of
 from hf_rope_ext.cache.followers import attach_plan
 from hf_rope_ext.cache.given import padding_mask
 from hf_rope_ext.cache.learned_prefix import is_learned
@@ -32,43 +32,6 @@ from hf_rope_ext.rotary.running import (
     announced_generation,
     innermost,
 )
-
-
-@dataclass(frozen=True, eq=False)
-class _Asked:
-    """What a call asks for.
-
-    Args:
-        rows: Number of its rows.
-        tokens: Number of tokens in each.
-        positions: Its positions, with the family's extra text axis in front, if any; None where
-            the model computes them.
-        mask: Its padding mask, ``(batch, seq)`` or longer by the tokens in the cache, if any.
-        generation: What is running.
-    """
-
-    rows: int
-    tokens: int
-    positions: Tensor | None
-    mask: Tensor | None
-    generation: Generation | None
-
-    @property
-    def limit(self) -> int | None:
-        """Final number of tokens, virtual ones included, if it is known."""
-        running = self.generation
-        if running is None or running.max_length is None:
-            return None
-        return running.max_length + running.virtual_tokens
-
-    def mask_after(self, seen: int) -> Tensor | None:
-        """Return the mask of the call's own tokens, where the cache holds ``seen`` before them."""
-        if self.mask is None or self.mask.shape[-1] < self.tokens:
-            return None
-        if self.mask.shape[-1] == self.tokens:
-            return self.mask
-        own = self.mask[:, seen : seen + self.tokens]
-        return own if own.shape[-1] == self.tokens else None
 
 
 class Planner:
@@ -156,12 +119,12 @@ class Planner:
                 f"{self.method} plans each request, and an exported program would keep the plan of "
                 f"its sample in every later one; patch with a static method such as 'yarn' first."
             )
-        rows, tokens = _shape(arguments)
+        rows, tokens = shape_of(arguments)
         mask = arguments.get("attention_mask")
         if mask is not None and not (isinstance(mask, Tensor) and mask.ndim == 2):
             mask = padding_mask(innermost(RUNNING.given, self), decodes=bool(self.cache_name))
         positions = arguments.get("position_ids")
-        asked = _Asked(rows, tokens, positions, mask, self._generation())
+        asked = Asked(rows, tokens, positions, mask, self._generation())
         if cache is None:
             return self._first(None, asked)
         seen = host.self_attention_cache(cache).get_seq_length()
@@ -204,7 +167,7 @@ class Planner:
                 f"new cache for another batch."
             )
 
-    def _require_room(self, plan: CachePlan, asked: _Asked) -> None:
+    def _require_room(self, plan: CachePlan, asked: Asked) -> None:
         """Check that a call does not go beyond the plan of its cache of fixed size."""
         if not self.follows:
             return
@@ -216,7 +179,7 @@ class Planner:
                 f"tokens at once."
             )
 
-    def _outgrows(self, plan: CachePlan, asked: _Asked, seen: int) -> bool:
+    def _outgrows(self, plan: CachePlan, asked: Asked, seen: int) -> bool:
         """Return whether a call needs a longer plan than its cache has."""
         if not self.follows:
             return False
@@ -228,7 +191,7 @@ class Planner:
         left = max(plan.capacity - needed, 0)
         return needed > plan.capacity or self._leaps(plan, asked, left, seen)
 
-    def _leaps(self, plan: CachePlan, asked: _Asked, left: int, seen: int | None) -> bool:
+    def _leaps(self, plan: CachePlan, asked: Asked, left: int, seen: int | None) -> bool:
         """Return whether positions go beyond the plan, for all that tokens do not.
 
         A video can take more positions than tokens, and positions of text may be passed. A single
@@ -254,7 +217,7 @@ class Planner:
         """Return positions without the axis that some families put in front, to build masks."""
         return positions[-self.axes :] if positions.ndim == 3 else positions
 
-    def _first(self, cache: Any, asked: _Asked, seen: int = 0) -> Call:
+    def _first(self, cache: Any, asked: Asked, seen: int = 0) -> Call:
         """Return the first call of a request, which makes its plan.
 
         Args:
@@ -288,7 +251,7 @@ class Planner:
             records=size is None,
         )
 
-    def _first_after(self, cache: Any, asked: _Asked, seen: int) -> Call:
+    def _first_after(self, cache: Any, asked: Asked, seen: int) -> Call:
         """Return the first call on a cache that was filled without a plan.
 
         Raises:
@@ -306,9 +269,7 @@ class Planner:
         call.records, call.plan.unknown = False, seen
         return call
 
-    def _grow(
-        self, model: nn.Module, cache: Any, plan: CachePlan, asked: _Asked, seen: int
-    ) -> None:
+    def _grow(self, model: nn.Module, cache: Any, plan: CachePlan, asked: Asked, seen: int) -> None:
         """Extend the plan of a cache and rotate its keys accordingly.
 
         Raises:
@@ -337,7 +298,7 @@ class Planner:
         if asked.generation is not None:
             asked.generation.outgrows = False
 
-    def _outgrown(self, plan: CachePlan, asked: _Asked, seen: int) -> RopeError:
+    def _outgrown(self, plan: CachePlan, asked: Asked, seen: int) -> RopeError:
         more = f"{max(asked.limit or 0, seen + asked.tokens)}"
         if asked.positions is not None:
             last = row_lengths(self._own_axes(asked.positions), asked.mask_after(seen)).max()
@@ -348,7 +309,7 @@ class Planner:
             f"fill a new cache with all tokens, or patch with on_growth='rerotate'."
         )
 
-    def _longer(self, plan: CachePlan, asked: _Asked, seen: int) -> tuple[Tensor, int]:
+    def _longer(self, plan: CachePlan, asked: Asked, seen: int) -> tuple[Tensor, int]:
         """Return the row lengths and the capacity of a plan that has room for a call."""
         assert plan.lengths is not None
         generation, limit, needed = asked.generation, asked.limit, seen + asked.tokens
@@ -387,14 +348,6 @@ def require_no_empty_row(mask: Tensor | None) -> None:
             f"{mask.shape[-1]} tokens of its request, so its length is not known yet; nothing was "
             f"changed. Fill the cache in longer chunks."
         )
-
-
-def _shape(arguments: Mapping[str, Any]) -> tuple[int, int]:
-    """Return the number of rows of a call and of tokens in each."""
-    for name in ("input_ids", "inputs_embeds", "decoder_input_ids", "input_values"):
-        if arguments.get(name) is not None:
-            return arguments[name].shape[0], arguments[name].shape[1]
-    return 1, 0
 
 
 def _unknown(method: str, tokens: int) -> RopeError:

@@ -61,10 +61,10 @@ def is_backward() -> bool:
 
 def remember(tensors: Iterable[Any], call: Call) -> None:
     """Write the plan of a call on its inputs, from which a checkpointed part is repeated."""
-    # without its positions, which may be one of the inputs: a cycle that nothing could collect
+    # without tensors that may be one of the inputs: a cycle that nothing could collect
     own = None if call.own is None else call.own.clone()
-    repeated = replace(call, plan=replace(call.plan, positions=own), own=own, outer=None)
-    repeated.is_noted, repeated.is_new, repeated.lengths, repeated.mask = True, False, None, None
+    plan = replace(call.plan, positions=own)
+    repeated = Call(plan, seen=call.seen, own=own, is_noted=True, is_new=False)
     for tensor in tensors:
         if type(tensor) is Tensor:  # others, such as sharded ones, may have no storage
             # a repeated call may get other tensors, but on the same storage
@@ -77,5 +77,5 @@ def recall(tensors: Iterable[Any]) -> Call | None:
         if type(tensor) is Tensor:
             call: Call | None = getattr(tensor.untyped_storage(), "hf_rope_ext_call", None)
             if call is not None:
-                return replace(call)
+                return replace(call, shared={})
     return None

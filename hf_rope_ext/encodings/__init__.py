@@ -6,7 +6,7 @@ Positions and distances are counted in tokens; queries and keys are ``(..., seq,
 
 from hf_rope_ext.axial import AxialRope
 from hf_rope_ext.encodings.absolute import learned_table, look_up, sinusoidal
-from hf_rope_ext.encodings.bias import alibi_bias, alibi_slopes, t5_bias, t5_buckets
+from hf_rope_ext.encodings.bias import alibi_bias, t5_bias, t5_buckets
 from hf_rope_ext.encodings.linear import (
     elu_features,
     linear_attention,
@@ -23,6 +23,7 @@ from hf_rope_ext.encodings.rotary import (
     rotation_matrix,
     xpos_scales,
 )
+from hf_rope_ext.methods.alibi import alibi_slopes
 
 __all__ = [
     "AxialRope",

@@ -70,25 +70,6 @@ def t5_bias(
     return table[t5_buckets(offsets, bidirectional, len(table), max_distance)].movedim(-1, 0)
 
 
-def alibi_slopes(heads: int) -> Tensor:
-    """Return the slope of each head (ALiBi: Press et al., 2022, arXiv:2108.12409, sec. 3).
-
-    For a power of two they are ``2 ** (-8 * h / heads)``, h = 1, 2... Otherwise, as in the authors'
-    code, those of the next smaller power of two and then every second one of twice as many heads.
-
-    Args:
-        heads: Number of attention heads.
-
-    Returns:
-        In units of score per position, float64, ``(heads,)``.
-    """
-    require_integer("heads", heads, 1)
-    power = 1 << (heads.bit_length() - 1)
-    exponents = torch.arange(1, power + 1, dtype=torch.float64) * (8 / power)
-    between = (2 * torch.arange(heads - power, dtype=torch.float64) + 1) * (4 / power)
-    return torch.exp2(-torch.cat((exponents, between)))
-
-
 def alibi_bias(slopes: Tensor, queries: Tensor, keys: Tensor) -> Tensor:
     """Return ALiBi's bias, minus slope times distance.
 

@@ -11,6 +11,7 @@ from torch import Tensor
 from hf_rope_ext.checks import require_integer, require_number
 from hf_rope_ext.errors import RopeError
 from hf_rope_ext.geometry import RopeGeometry
+from hf_rope_ext.methods.xpos import zeta
 
 
 def rope_angles(positions: Tensor, inv_freq: Tensor) -> Tensor:
@@ -141,9 +142,8 @@ def xpos_scales(
         raise RopeError(f"dim must be even, got {dim!r}.")
     require_number("scale_base", scale_base, above=0.0)
     require_number("gamma", gamma, above=0.0)
-    exponents = RopeGeometry(dim, 2.0, 1, device=positions.device).exponents()
-    zeta = (exponents + gamma) / (1 + gamma)
-    return zeta ** (positions.double()[..., None] / scale_base)
+    geometry = RopeGeometry(dim, 2.0, 1, device=positions.device)
+    return zeta(geometry, gamma) ** (positions.double()[..., None] / scale_base)
 
 
 def _prepare(x: Tensor, angles: Tensor) -> tuple[Tensor, Tensor, Tensor]:

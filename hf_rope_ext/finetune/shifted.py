@@ -4,6 +4,7 @@ from torch import nn
 
 from hf_rope_ext.attention.shifted import ShiftedAttention
 from hf_rope_ext.errors import AlreadyScaledError, RopeError
+from hf_rope_ext.methods.attention_method import attention_rules
 from hf_rope_ext.patching.patch import patch_model
 from hf_rope_ext.rotary.installed import patch_of
 
@@ -19,11 +20,16 @@ def use_shifted_attention(model: nn.Module, groups: int = 4) -> None:
         groups: Number of groups that a sequence is cut into; the paper takes 4.
 
     Raises:
-        RopeError: If the family does not use transformers' attention interface, or ``groups`` is
-            less than 2. Nothing is changed then.
+        RopeError: If the family does not use transformers' attention interface, the patch has an
+            attention of its own, or ``groups`` is less than 2. Nothing is changed then.
     """
     change = ShiftedAttention(model, groups)
     patch = patch_of(model)
+    if patch is not None and attention_rules(patch.method) is not None:
+        raise RopeError(
+            f"shifted attention and {patch.method.name} both replace the attention; patch the "
+            f"model with a method that changes frequencies alone, or train with full attention."
+        )
     if patch is None:
         try:
             patch_model(model, "none")

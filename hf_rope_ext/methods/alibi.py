@@ -1,20 +1,18 @@
 """ALiBi: a bias by distance instead of a rotation."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from hf_rope_ext.checks import require_integer
 from hf_rope_ext.geometry import RopeGeometry
 from hf_rope_ext.methods.attention_method import (
     AttentionMethod,
     Band,
     Distances,
-    store_optional_factor,
 )
-from hf_rope_ext.methods.method import Method
-from hf_rope_ext.methods.none import NoScaling
 
 
 @dataclass(frozen=True)
@@ -33,13 +31,6 @@ class Alibi(AttentionMethod):
     needs_rotation = False
     stops_rotation = True
 
-    method: Method = field(default_factory=NoScaling)
-    factor: float | None = None
-
-    def __post_init__(self) -> None:
-        """Check the factor."""
-        store_optional_factor(self)
-
     def modify(self, geometry: RopeGeometry, inv_freq: Tensor) -> Tensor:
         """Return frequencies of 0."""
         return torch.zeros_like(inv_freq)
@@ -49,13 +40,27 @@ class Alibi(AttentionMethod):
         return (Band(),)
 
     def slopes(self, heads: int) -> Tensor:
-        """Return the paper's slopes, float64, ``(heads,)``.
+        """Return the slope of each head, float64, ``(heads,)``."""
+        return alibi_slopes(heads)
 
-        They are 2 ** (-8 h / heads). For another number than a power of two, those of the next
-        smaller one come first, then every second one of the next larger.
-        """
-        power = 2 ** (heads.bit_length() - 1)
-        steps = torch.arange(1, power + 1, dtype=torch.float64)
-        between = torch.arange(1, 2 * power, 2, dtype=torch.float64)
-        exponents = torch.cat((-8 * steps / power, -4 * between / power))
-        return 2.0 ** exponents[:heads]
+
+def alibi_slopes(heads: int) -> Tensor:
+    """Return the slope of each head (ALiBi: Press et al., 2022, arXiv:2108.12409, sec. 3).
+
+    For a power of two they are ``2 ** (-8 * h / heads)``, h = 1, 2... Otherwise, as in the authors'
+    code, those of the next smaller power of two and then every second one of twice as many heads.
+
+    Args:
+        heads: Number of attention heads.
+
+    Returns:
+        In units of score per position, float64, ``(heads,)``.
+
+    Raises:
+        RopeError: If there is no head.
+    """
+    require_integer("heads", heads, 1)
+    power = 1 << (heads.bit_length() - 1)
+    exponents = torch.arange(1, power + 1, dtype=torch.float64) * (8 / power)
+    between = (2 * torch.arange(heads - power, dtype=torch.float64) + 1) * (4 / power)
+    return torch.exp2(-torch.cat((exponents, between)))

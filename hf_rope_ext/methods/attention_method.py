@@ -9,6 +9,7 @@ rotate to there. It sees positions, never tensors of a model.
 import abc
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -17,6 +18,7 @@ from hf_rope_ext.checks import require_integer
 from hf_rope_ext.errors import MethodParameterError, UnknownMethodError
 from hf_rope_ext.geometry import FrequencyPlan, RopeGeometry
 from hf_rope_ext.methods.method import Method, Modifier, store_factor
+from hf_rope_ext.methods.none import NoScaling
 
 MOST = 2**53
 """The most positions that a knob can count: beyond it, float64 has not every integer."""
@@ -108,14 +110,29 @@ class AttentionSide(Modifier):
         """
 
 
+@dataclass(frozen=True)
 class AttentionMethod(AttentionSide):
     """A rule for the distances at which queries see keys; at most one in a name.
 
     Its bands can be computed at once for all queries of a call: each bound rises with the query.
 
-    Subclasses are frozen dataclasses. Those with a ``factor`` choose their other knobs by it where
-    these are None, and by the length of each request where it is None too.
+    Args:
+        method: The method whose frequencies it rotates by.
+        factor: Target length over trained length. Subclasses choose knobs that are None by it, and
+            by the length of each request where it is None too; for others it sets the length limit
+            and nothing else.
     """
+
+    counts: ClassVar[tuple[str, ...]] = ()
+    """Knobs that are a number of positions, at least 1."""
+
+    method: Method = field(default_factory=NoScaling)
+    factor: float | None = None
+
+    def __post_init__(self) -> None:
+        """Check the knobs that all have, and those that count positions."""
+        store_optional_factor(self)
+        require_positions(self, *self.counts)
 
     def target_length(self, geometry: RopeGeometry) -> int | None:
         """Return the target length of ``factor``, else that of the other method."""

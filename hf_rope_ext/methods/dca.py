@@ -1,7 +1,7 @@
 """Dual chunk attention: no distance is larger than a chunk and its neighbour."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 
@@ -11,12 +11,8 @@ from hf_rope_ext.methods.attention_method import (
     AttentionMethod,
     Band,
     Distances,
-    require_positions,
     require_within,
-    store_optional_factor,
 )
-from hf_rope_ext.methods.method import Method
-from hf_rope_ext.methods.none import NoScaling
 
 
 @dataclass(frozen=True)
@@ -36,16 +32,10 @@ class DCA(AttentionMethod):
     """
 
     name = "dca"
+    counts = ("chunk", "limit")
 
-    method: Method = field(default_factory=NoScaling)
     chunk: int | None = None
     limit: int | None = None
-    factor: float | None = None
-
-    def __post_init__(self) -> None:
-        """Check the knobs."""
-        store_optional_factor(self)
-        require_positions(self, "chunk", "limit")
 
     def check(self, geometry: RopeGeometry) -> None:
         """Check the chunk and the limit against each other and the trained length."""

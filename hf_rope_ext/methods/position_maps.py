@@ -8,7 +8,7 @@ length, positions up to L stay in all of them. Queries and keys are mapped alike
 import abc
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -19,10 +19,8 @@ from hf_rope_ext.methods.attention_method import (
     AttentionMethod,
     Band,
     Distances,
-    store_optional_factor,
 )
-from hf_rope_ext.methods.method import Method, store_number
-from hf_rope_ext.methods.none import NoScaling
+from hf_rope_ext.methods.method import store_number
 
 REACH = 1.5
 """Where ``factor`` puts the target position, in trained lengths."""
@@ -31,9 +29,6 @@ REACH = 1.5
 @dataclass(frozen=True)
 class PositionMap(AttentionMethod):
     """A map of positions beyond the trained length; subclasses have one knob."""
-
-    method: Method = field(default_factory=NoScaling)
-    factor: float | None = None
 
     @abc.abstractmethod
     def beyond(self, positions: Tensor, trained: int) -> Tensor:
@@ -81,7 +76,7 @@ class Piecewise(PositionMap):
 
     def __post_init__(self) -> None:
         """Check the knobs."""
-        store_optional_factor(self)
+        super().__post_init__()
         store_number(self, "slowdown", optional=True, least=1.0)
 
     def beyond(self, positions: Tensor, trained: int) -> Tensor:
@@ -109,7 +104,7 @@ class Power(PositionMap):
 
     def __post_init__(self) -> None:
         """Check the knobs."""
-        store_optional_factor(self)
+        super().__post_init__()
         store_number(self, "exponent", optional=True, least=0.0, most=1.0)
 
     def beyond(self, positions: Tensor, trained: int) -> Tensor:
@@ -138,7 +133,7 @@ class Ramp(PositionMap):
 
     def __post_init__(self) -> None:
         """Check the knobs."""
-        store_optional_factor(self)
+        super().__post_init__()
         store_number(self, "slope", optional=True, least=0.0, most=1.0)
 
     def beyond(self, positions: Tensor, trained: int) -> Tensor:

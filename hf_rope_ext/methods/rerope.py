@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from torch import Tensor
 
@@ -12,13 +12,10 @@ from hf_rope_ext.methods.attention_method import (
     AttentionMethod,
     Band,
     Distances,
-    require_positions,
     require_within,
-    store_optional_factor,
     targeted,
 )
-from hf_rope_ext.methods.method import Method, store_number
-from hf_rope_ext.methods.none import NoScaling
+from hf_rope_ext.methods.method import store_number
 
 USED = 0.75
 """Share of the trained length that Leaky ReRoPE maps a request into."""
@@ -38,15 +35,9 @@ class ReRoPE(AttentionMethod):
     """
 
     name = "rerope"
+    counts = ("window",)
 
-    method: Method = field(default_factory=NoScaling)
     window: int | None = None
-    factor: float | None = None
-
-    def __post_init__(self) -> None:
-        """Check the knobs."""
-        store_optional_factor(self)
-        require_positions(self, "window")
 
     def check(self, geometry: RopeGeometry) -> None:
         """Check the window."""
@@ -78,17 +69,15 @@ class LeakyReRoPE(AttentionMethod):
     """
 
     name = "leaky_rerope"
+    counts = ("window",)
 
-    method: Method = field(default_factory=NoScaling)
     window: int | None = None
     slowdown: float | None = None
-    factor: float | None = None
 
     def __post_init__(self) -> None:
         """Check the knobs."""
-        store_optional_factor(self)
+        super().__post_init__()
         store_number(self, "slowdown", optional=True, least=1.0)
-        require_positions(self, "window")
 
     @property
     def follows_length(self) -> bool:

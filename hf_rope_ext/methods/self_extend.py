@@ -1,7 +1,7 @@
 """Self-Extend: far keys are seen at grouped positions."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -12,13 +12,9 @@ from hf_rope_ext.methods.attention_method import (
     AttentionMethod,
     Band,
     Distances,
-    require_positions,
     require_within,
-    store_optional_factor,
     targeted,
 )
-from hf_rope_ext.methods.method import Method
-from hf_rope_ext.methods.none import NoScaling
 
 USED = 0.6
 """Share of the trained length that a request is mapped into; the authors advise 1/2 to 2/3."""
@@ -41,16 +37,10 @@ class SelfExtend(AttentionMethod):
     """
 
     name = "self_extend"
+    counts = ("group", "window")
 
-    method: Method = field(default_factory=NoScaling)
     group: int | None = None
     window: int | None = None
-    factor: float | None = None
-
-    def __post_init__(self) -> None:
-        """Check the knobs."""
-        store_optional_factor(self)
-        require_positions(self, "group", "window")
 
     @property
     def follows_length(self) -> bool:

@@ -1,7 +1,7 @@
 """Attention sinks: the first keys and the last ones, and nothing between."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 
@@ -12,10 +12,7 @@ from hf_rope_ext.methods.attention_method import (
     Band,
     Distances,
     require_positions,
-    store_optional_factor,
 )
-from hf_rope_ext.methods.method import Method
-from hf_rope_ext.methods.none import NoScaling
 
 
 @dataclass(frozen=True)
@@ -36,17 +33,15 @@ class Streaming(AttentionMethod):
 
     name = "streaming"
     needs_rotation = False
+    counts = ("window",)
 
-    method: Method = field(default_factory=NoScaling)
     sinks: int = 4
     window: int | None = None
-    factor: float | None = None
 
     def __post_init__(self) -> None:
         """Check the knobs."""
-        store_optional_factor(self)
+        super().__post_init__()
         require_positions(self, "sinks", least=0)
-        require_positions(self, "window")
 
     def check(self, geometry: RopeGeometry) -> None:
         """Check that sinks and window lie within what the frequencies are for."""

@@ -1,7 +1,7 @@
 """STRING: far keys are seen at the distances that training saw most often."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from torch import Tensor
 
@@ -11,12 +11,8 @@ from hf_rope_ext.methods.attention_method import (
     AttentionMethod,
     Band,
     Distances,
-    require_positions,
     require_within,
-    store_optional_factor,
 )
-from hf_rope_ext.methods.method import Method
-from hf_rope_ext.methods.none import NoScaling
 
 WINDOW = 128
 """The paper's local window, in positions."""
@@ -40,16 +36,10 @@ class String(AttentionMethod):
     """
 
     name = "string"
+    counts = ("shift", "window")
 
-    method: Method = field(default_factory=NoScaling)
     shift: int | None = None
     window: int | None = None
-    factor: float | None = None
-
-    def __post_init__(self) -> None:
-        """Check the knobs."""
-        store_optional_factor(self)
-        require_positions(self, "shift", "window")
 
     def check(self, geometry: RopeGeometry) -> None:
         """Check the shift and the window against each other and the trained length."""

@@ -1,7 +1,7 @@
 """xPos: pairs of queries and keys decay with their distance."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from torch import Tensor
 
@@ -10,10 +10,8 @@ from hf_rope_ext.methods.attention_method import (
     AttentionMethod,
     Band,
     Distances,
-    store_optional_factor,
 )
-from hf_rope_ext.methods.method import Method, store_number
-from hf_rope_ext.methods.none import NoScaling
+from hf_rope_ext.methods.method import store_number
 
 SMOOTHING = 0.4
 """The paper's gamma."""
@@ -34,13 +32,11 @@ class XPos(AttentionMethod):
 
     name = "xpos"
 
-    method: Method = field(default_factory=NoScaling)
     base_length: float = 512
-    factor: float | None = None
 
     def __post_init__(self) -> None:
         """Check the knobs."""
-        store_optional_factor(self)
+        super().__post_init__()
         store_number(self, "base_length", above=0)
 
     def bands(self, asked: Distances) -> Sequence[Band]:
@@ -52,4 +48,9 @@ class XPos(AttentionMethod):
 
     def decay(self, geometry: RopeGeometry) -> Tensor:
         """Return each pair's zeta, float64, ``(pairs,)``."""
-        return (geometry.exponents() + SMOOTHING) / (1 + SMOOTHING)
+        return zeta(geometry)
+
+
+def zeta(geometry: RopeGeometry, gamma: float = SMOOTHING) -> Tensor:
+    """Return the paper's zeta of each pair, float64, ``(pairs,)``."""
+    return (geometry.exponents() + gamma) / (1 + gamma)
