@@ -1,6 +1,6 @@
 """The change that makes a model attend in the bands of a method, and the proof that it does."""
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
 import torch
@@ -15,7 +15,7 @@ from hf_rope_ext.attention.banded import (
     poisoned,
 )
 from hf_rope_ext.attention.view import Bound
-from hf_rope_ext.changes import SetAttributes, apply_all, revert_all
+from hf_rope_ext.changes import Change, SetAttributes, apply_all, revert_all
 from hf_rope_ext.errors import ProbeError, RopeError, UnsupportedModelError
 from hf_rope_ext.methods.attention_method import attention_rules
 from hf_rope_ext.models import host
@@ -33,14 +33,21 @@ class BandedAttention:
     Args:
         model: The text model.
         rotaries: Its rotary embeddings.
+        beside: What else is changed at each attention module that it concerns.
     """
 
-    def __init__(self, model: nn.Module, rotaries: Sequence[ExtendedRotary]) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        rotaries: Sequence[ExtendedRotary],
+        beside: Callable[[nn.Module], Change],
+    ) -> None:
         self.model: Any = model
         self.rotaries = rotaries
+        self.beside = beside
         self.method = next(iter(rotaries[0].rotations.values())).method
         self.names = [SetAttributes(self.model.config, {host.ATTENTION: NAME})]
-        self.bounds: list[SetAttributes] = []
+        self.bounds: list[Change] = []
 
     def apply(self) -> None:
         """Replace the attention.
@@ -99,7 +106,7 @@ class BandedAttention:
                     f"set_attn_implementation."
                 )
 
-    def _measure(self) -> list[SetAttributes]:
+    def _measure(self) -> list[Change]:
         """Return what the attention modules are bound to; equal ones share it."""
         rules = attention_rules(self.method)
         assert rules is not None
@@ -115,7 +122,7 @@ class BandedAttention:
             observed: Any = name
             rotated.setdefault(observed[0], {})[observed[1]] = rotation
         bounds: list[Bound] = []
-        changes = []
+        changes: list[Change] = []
         for module, parts in rotated.items():
             if len(parts) < 2:
                 raise self._unsupported("rotates its queries or its keys alone")
@@ -125,7 +132,7 @@ class BandedAttention:
             bound = next((one for one in bounds if _same(one, own)), own)
             if bound is own:
                 bounds.append(own)
-            changes.append(SetAttributes(module, {BOUND: bound}))
+            changes += [SetAttributes(module, {BOUND: bound}), self.beside(module)]
         if not changes:
             raise self._unsupported("rotates in no layer without a sliding window")
         return changes

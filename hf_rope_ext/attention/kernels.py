@@ -132,7 +132,7 @@ class _Merged(torch.autograd.Function):
         total = total.masked_fill(total.isinf(), 0.0)
         for rows, pieces in ctx.view.blocks(BLOCK):
             for piece in pieces:
-                query, key = turned[2 * piece.part][:, :, rows], turned[2 * piece.part + 1]
+                query, key = turned[2 * piece.part], turned[2 * piece.part + 1]
                 groups = query.shape[1] // key.shape[1]
                 mask, _ = _mask(ctx.view, rows, piece, groups, query.dtype)
                 folded = [_fold(one[:, :, rows], groups) for one in (gradient, query, out)]

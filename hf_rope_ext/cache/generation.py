@@ -139,15 +139,12 @@ def planning_changes(model: nn.Module, swaps: Sequence[SwapRotary]) -> list[Chan
         for rotary in planner.rotaries:
             rotary.planner = planner
         changes.append(AddHooks(inner, planner.begin, planner.end))
-        # rotary embeddings inside the layers, which a checkpointed backward pass calls once more
-        repeated = {parent for swap in own for parent in swap.parents} - {inner}
+        # what stands inside the layers, which a checkpointed backward pass calls once more
+        repeat = Repeat(planner)
+        changes += map(repeat.on, {parent for swap in own for parent in swap.parents} - {inner})
         if planner.needs_positions:
-            repeated.update(host.checkpointed_layers(inner))
-            planner.attention = BandedAttention(inner, planner.rotaries)
+            planner.attention = BandedAttention(inner, planner.rotaries, beside=repeat.on)
             attention.append(planner.attention)
-        for parent in repeated:
-            repeat = Repeat(planner)
-            changes.append(AddHooks(parent, repeat.begin, repeat.end))
         for part in around:
             outer[id(part)] = part
             planners.setdefault(id(part), []).append(planner)

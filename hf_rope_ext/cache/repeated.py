@@ -5,19 +5,20 @@ another thread. The plan lies on the storage of their inputs, which is all that 
 two calls share an input before the backward pass of the first, the later one's plan lies on it.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from hf_rope_ext.changes import AddHooks
 from hf_rope_ext.errors import RopeError
 from hf_rope_ext.rotary.running import RUNNING, Call, innermost
 
 
 class Repeat:
-    """The forward hooks of a module that calls its rotary embedding inside a layer.
+    """The forward hooks of a module that needs the plan of its call inside a layer.
 
     Args:
         planner: The planner of the text model around it.
@@ -26,13 +27,17 @@ class Repeat:
     def __init__(self, planner: object) -> None:
         self.planner = planner
 
+    def on(self, module: nn.Module) -> AddHooks:
+        """Return the change that puts the hooks on a module."""
+        return AddHooks(module, self.begin, self.end)
+
     def begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         """Remember the plan of a call, or bring it back (forward pre-hook).
 
         Raises:
             RopeError: If the plan of a repeated call is not known.
         """
-        tensors = (*args, *kwargs.values())
+        tensors = list(_tensors((*args, *kwargs.values())))
         running = innermost(RUNNING.call, self.planner)
         if running is not None:
             if module.training and not torch.compiler.is_compiling():
@@ -52,6 +57,15 @@ class Repeat:
         """Leave a repeated call (forward hook)."""
         if RUNNING.call is not None and RUNNING.call.owner is self:
             RUNNING.call = RUNNING.call.outer
+
+
+def _tensors(values: Iterable[Any]) -> Iterator[Tensor]:
+    """Yield the tensors among arguments and in their tuples, such as cosines and sines."""
+    for value in values:
+        if isinstance(value, Tensor):
+            yield value
+        elif isinstance(value, tuple):
+            yield from _tensors(value)
 
 
 def is_backward() -> bool:

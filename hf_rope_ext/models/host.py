@@ -337,13 +337,6 @@ def takes_attention(model: Any) -> bool:
     return bool(model._can_set_attn_implementation())
 
 
-def checkpointed_layers(model: Any) -> list[Any]:
-    """Return the layers of a model that its backward pass can run again."""
-    from transformers.modeling_layers import GradientCheckpointingLayer
-
-    return [part for part in model.modules() if isinstance(part, GradientCheckpointingLayer)]
-
-
 def attention_name(config: Config) -> str | None:
     """Return the name of the attention that a config asks for."""
     return config._attn_implementation  # type: ignore[no-any-return]
