@@ -246,9 +246,8 @@ def _written_out(
             if added is not None:
                 own = own + added
             scores = torch.where(view.allowed(part, rows, keys), own, scores)
-        # a query that sees no key, which is padding, has no weights and no gradient
+        # a query that sees no key, which is padding, has no weights
         is_empty = ~(scores > -torch.inf).any(dim=-1, keepdim=True)
-        scores = scores.masked_fill(is_empty, 0.0)
         if sinks is not None:
             sink = sinks.float().reshape(1, -1, 1, 1).expand(*scores.shape[:3], 1)
             weights = torch.cat((scores, sink), dim=-1).softmax(dim=-1)[..., :-1]
