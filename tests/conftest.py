@@ -17,6 +17,9 @@ QUICK_METHODS = {"yarn", "dynamic_yarn"}
 
 # the suite that runs on every supported release of transformers: `make test-releases`
 CORE_FILES = (
+    "attention/test_mrope.py",
+    "attention/test_patches.py",
+    "attention/test_training.py",
     "cache/test_generation.py",
     "cache/test_planner.py",
     "cache/test_rerotation.py",
@@ -35,6 +38,10 @@ CORE_TYPES = (
     "qwen3", "qwen3_vl", "stablelm",
 )  # fmt: skip
 CORE_TESTS = {
+    "attention/test_bands.py": (
+        "test_logits_are_those_of_the_definition",
+        "test_cached_logits_are_those_of_the_definition",
+    ),
     "evals/test_lm_eval.py": ("test_a_greedy_continuation_is_told",),
     "finetune/test_finetune_run.py": ("test_a_run_leaves_an_adapter_a_log_a_curve_and_numbers",),
     "models/test_families.py": (

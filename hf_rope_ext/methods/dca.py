@@ -47,13 +47,17 @@ class DCA(AttentionMethod):
             )
 
     def bands(self, asked: Distances) -> Sequence[Band]:
-        """Return the query's own chunk, the one before it, and all before that."""
+        """Return what lies ahead, the query's own chunk, the one before, and all before that.
+
+        Only frames of a video lie ahead, of text behind it that a model places before its end.
+        """
         chunk, limit = self._sizes(asked.trained)
         start = (asked.query / chunk).floor() * chunk
         place, key = asked.query - start, asked.key % chunk
         before = torch.clamp(place + chunk, max=limit - 1.0)
         return (
-            Band(start=start, query=place, key=key),
+            Band(start=start + chunk),
+            Band(start=start, stop=start + chunk, query=place, key=key),
             Band(start=start - chunk, stop=start, query=before, key=key),
             Band(stop=start - chunk, query=0 * asked.query + (limit - 1.0), key=key),
         )

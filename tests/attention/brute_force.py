@@ -99,7 +99,7 @@ def expected_logits(model, layout, rule, ids, positions=None, padding=None):
         return out.to(value.dtype).transpose(1, 2), None
 
     zeros = torch.zeros_like(ids)
-    with _registered(model, attention), torch.no_grad():
+    with registered(model, attention), torch.no_grad():
         return model(
             input_ids=ids, position_ids=zeros, attention_mask=padding, use_cache=False
         ).logits
@@ -144,7 +144,7 @@ def _attend(
     frequencies = layout.base ** -(torch.arange(pairs, dtype=torch.float64) / pairs)
     if rule.slope is not None and not plain:
         frequencies = frequencies * 0
-    q, k = (_complex(one[..., chosen], layout.interleaved) for one in (query, key))
+    q, k = (as_complex(one[..., chosen], layout.interleaved) for one in (query, key))
     turned = torch.polar(torch.ones(()).double(), distance[..., None] * frequencies)
     if rule.decay is not None and not plain:
         zeta = (torch.arange(pairs, dtype=torch.float64) / pairs + 0.4) / 1.4
@@ -172,7 +172,7 @@ def _attend(
     return weights.nan_to_num(0.0) @ value
 
 
-def _complex(states, interleaved):
+def as_complex(states, interleaved):
     if interleaved:
         return torch.complex(states[..., ::2].contiguous(), states[..., 1::2].contiguous())
     first, second = states.chunk(2, dim=-1)
@@ -180,7 +180,7 @@ def _complex(states, interleaved):
 
 
 @contextmanager
-def _registered(model, attention):
+def registered(model, attention):
     AttentionInterface.register("brute_force", attention)
     AttentionMaskInterface.register("brute_force", sdpa_mask)
     configs = {id(part.config): part.config for part in model.modules() if hasattr(part, "config")}

@@ -27,6 +27,8 @@ def grouped(group, window):
 def chunked(chunk, limit, scale=None):
     def distance(m, n):
         key = n % chunk
+        if n // chunk > m // chunk:  # a frame of a video, ahead of the text behind it
+            return m - n
         if m // chunk == n // chunk:
             return m % chunk - key
         if m // chunk == n // chunk + 1:

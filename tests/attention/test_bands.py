@@ -114,7 +114,7 @@ def test_cached_logits_are_those_of_the_definition(patched, family, name, own):
     found, held = [], None
     with torch.no_grad(), planned(LONG):
         for start, stop in [(0, 50), (50, 77), *((n, n + 1) for n in range(77, LONG))]:
-            output = model(input_ids=ids[:, start:stop], cache=held, use_cache=True)
-            held = output.cache
+            output = model(input_ids=ids[:, start:stop], use_cache=True, **{CACHE: held})
+            held = output[CACHE]
             found.append(output.logits)
     assert (torch.cat(found, 1) - logits).abs().max() < 1e-4 * logits.abs().max()
