@@ -199,6 +199,32 @@ def attention_rules(method: Method) -> AttentionRules | None:
     return None if rules == AttentionRules() else rules
 
 
+def seen_distances(method: Method, distances: Tensor, trained: int, last: int) -> Tensor:
+    """Return at which distances a query sees keys.
+
+    Args:
+        method: A method whose knobs do not follow the length of the request.
+        distances: How far the keys are back, ``(keys,)``, at most ``last``.
+        trained: The trained length in positions.
+        last: Position of the query, the last of its request.
+
+    Returns:
+        Float64, ``(keys,)``; NaN for keys that it does not see.
+    """
+    rules = attention_rules(method)
+    query = distances.new_full((1, 1), last, dtype=torch.float64)
+    key = last - distances.double()[None]
+    seen = torch.full_like(key, torch.nan)
+    for band in () if rules is None else rules.bands(Distances(query, key, trained, query + 1)):
+        start = -torch.inf if band.start is None else band.start
+        stop = torch.inf if band.stop is None else band.stop
+        turned = (query if band.query is None else band.query) - (
+            key if band.key is None else band.key
+        )
+        seen = torch.where((key >= start) & (key < stop), turned, seen)
+    return distances.double() if rules is None else seen[0]
+
+
 def require_combination(name: str, classes: Sequence[type[Method]]) -> None:
     """Check that the parts of a name can work together.
 

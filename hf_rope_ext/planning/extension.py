@@ -12,6 +12,7 @@ from torch import Tensor
 from hf_rope_ext.errors import RopeError
 from hf_rope_ext.geometry import RopeGeometry
 from hf_rope_ext.methods import Method, NoScaling, Yarn
+from hf_rope_ext.methods.attention_method import seen_distances
 from hf_rope_ext.models.family import Config, setting
 from hf_rope_ext.models.sites import RopeSite, read_sites, window
 from hf_rope_ext.rotary.axes import read_axes
@@ -123,7 +124,10 @@ def effect(method: Method, geometry: RopeGeometry, target: int) -> Effect:
     kept = torch.isclose(planned, trained, rtol=1e-9, atol=0.0)
     full = ~kept & (slowdown >= factor * (1 - 1e-9))
     seen = trained * geometry.original_max_position_embeddings
-    unseen = (seen < 2 * math.pi) & (planned * target > seen * (1 + 1e-9))
+    length = geometry.original_max_position_embeddings
+    distances = seen_distances(frozen, torch.arange(target), length, target - 1)
+    reach = float(distances.nan_to_num(0.0).max()) + 1
+    unseen = (seen < 2 * math.pi) & (planned * reach > seen * (1 + 1e-9))
     return Effect(
         method=method.name,
         kept=int(kept.sum()),
@@ -267,10 +271,13 @@ def curves(geometry: RopeGeometry, methods: Mapping[str, Method], factor: float)
         "methods": {},
     }
     for label, method in methods.items():
-        inv_freq = method.freeze(geometry, target).plan(geometry).inv_freq
+        frozen = method.freeze(geometry, target)
+        inv_freq = frozen.plan(geometry).inv_freq
+        seen = seen_distances(frozen, distances, trained, int(distances.max()))
         result["methods"][label] = {
             "wavelengths": _wavelengths(inv_freq),
-            "decay": decay(inv_freq, distances).tolist(),
+            # None where a key so far back is not seen
+            "decay": [None if math.isnan(one) else one for one in decay(inv_freq, seen).tolist()],
         }
     return result
 

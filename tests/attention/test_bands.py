@@ -20,6 +20,7 @@ from attention.rules import (
     temperature,
     tokens,
 )
+from decoding import CACHE
 
 from hf_rope_ext import patch_model, planned, unpatch_model
 

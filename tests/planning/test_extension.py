@@ -11,7 +11,7 @@ from transformers import LlamaConfig
 
 from hf_rope_ext import RopeError
 from hf_rope_ext.geometry import RopeGeometry
-from hf_rope_ext.methods import Dynamic, Linear, NoScaling, Yarn
+from hf_rope_ext.methods import Dynamic, Linear, NoScaling, Yarn, make_method
 from hf_rope_ext.planning.extension import (
     cache_bytes,
     curves,
@@ -152,3 +152,48 @@ def test_curves_are_plain_data_of_every_method():
     assert list(found["methods"]) == ["none", "yarn"]
     assert len(found["methods"]["yarn"]["wavelengths"]) == 64
     assert len(found["methods"]["yarn"]["decay"]) == len(found["distances"])
+
+
+# a method, its farthest distance in 16384 positions, and where a key so far back is seen
+REACHES = {
+    "linear": ({"factor": 4}, 16383, lambda d: d),
+    "rerope": ({"window": 1000}, 1000, lambda d: min(d, 1000)),
+    "leaky_rerope": (
+        {"window": 1000, "slowdown": 4.0},
+        1000 + 15383 / 4,
+        lambda d: d if d < 1000 else 1000 + (d - 1000) / 4,
+    ),
+    "streaming": ({"window": 100}, 103, lambda d: d if d < 100 else None),
+    "dca": ({}, 4095, None),
+}
+
+
+@pytest.mark.parametrize("name", REACHES)
+def test_angles_that_no_distance_reaches_are_not_unseen(name):
+    own, farthest, _ = REACHES[name]
+    method = make_method(name, **own)
+    seen = 4096 * LLAMA2.inv_freq()
+    reached = method.plan(LLAMA2).inv_freq * (farthest + 1)
+
+    found = effect(method, LLAMA2, 16384)
+
+    assert found.unseen == int(((seen < 2 * math.pi) & (reached > seen)).sum())
+
+
+@pytest.mark.parametrize("name", [name for name in REACHES if name != "dca"])
+def test_decay_is_drawn_at_the_distance_that_a_key_is_seen_at(name):
+    own, _, seen_at = REACHES[name]
+    method = make_method(name, **own)
+    frequencies = method.plan(LLAMA2).inv_freq
+
+    drawn = curves(LLAMA2, {name: method}, 4.0)
+
+    for distance, height in zip(drawn["distances"], drawn["methods"][name]["decay"], strict=True):
+        place = seen_at(distance)
+        if distance > 30000:  # maybe the first keys, which streaming sees
+            continue
+        if place is None:
+            assert height is None
+            continue
+        sums = torch.polar(torch.ones(64).double(), place * frequencies).cumsum(0).abs()
+        assert height == pytest.approx(float(sums.mean()) / 32.5, abs=1e-6)
