@@ -5,6 +5,7 @@ from functools import cache
 
 import pytest
 import torch
+import transformers
 from attention.brute_force import FAMILIES, Rule, expected_logits
 from attention.rules import (
     LONG,
@@ -87,6 +88,15 @@ def patched(request):
     yield patch
     for model in models:
         unpatch_model(model)
+
+
+@pytest.fixture(autouse=True)
+def _interface(request):
+    model = model_of(request.node.callspec.params["family"])
+    if not model._can_set_attn_implementation():
+        # GPT-J in older releases; the newest must have it in all of these
+        assert tuple(map(int, transformers.__version__.split(".")[:2])) < (5, 24)
+        pytest.skip("this release computes the family's attention without an interface")
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -184,7 +184,7 @@ BAD = {
     "nope+rerope": [({}, "nothing rotates")],
     "logn": [
         ({"factor": 4}, "no knob 'factor'"),
-        ({"target": "vision", "original_max_position_embeddings": 16}, "target='vision'"),
+        ({"target": "vision", "original_max_position_embeddings": 16}, "vision"),
         ({"on_growth": "error"}, "same at every length"),
     ],
     "temperature+logn": [({"compat": "transformers"}, "compat")],
